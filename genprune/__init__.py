@@ -1,0 +1,74 @@
+"""genprune: pruning for diffusion models and vision transformers, for Diffusers and timm.
+
+Importing this package loads torch only. Everything that needs a host library is a lazy attribute.
+"""
+
+from __future__ import annotations
+
+import importlib
+
+from genprune.errors import (
+    BadCalibrationData,
+    BudgetUnreachable,
+    GenpruneError,
+    NoMatchingSites,
+    PlanMismatch,
+    UnsupportedModel,
+)
+from genprune.families import find_sites
+from genprune.gates import attach_gates
+from genprune.plan import PruningPlan
+from genprune.sites import Site, Sites
+
+__version__ = "0.1.0"
+
+# Public name -> module that defines it. Diffusers reads `ModelMixin` and the Pruned classes from here when it loads a
+# pipeline whose model_index.json says ["genprune", "Pruned..."].
+_LAZY = {
+    "cut": "genprune.cutting",
+    "ModelMixin": "genprune.saving",
+    "PrunedUNet2DConditionModel": "genprune.saving",
+    "PrunedUNet2DModel": "genprune.saving",
+    "PrunedFluxTransformer2DModel": "genprune.saving",
+    "PrunedSD3Transformer2DModel": "genprune.saving",
+    "save_model": "genprune.saving",
+    "load_model": "genprune.saving",
+    "export_stock": "genprune.saving",
+    "adapt_lora": "genprune.lora",
+    "count_costs": "genprune.costs",
+    "Costs": "genprune.costs",
+    "make_plan": "genprune.methods",
+    "score": "genprune.methods",
+    "Magnitude": "genprune.methods",
+    "Random": "genprune.methods",
+    "Taylor": "genprune.methods",
+    "load_pipeline": "genprune.pipelines",
+}
+_SUBPACKAGES = ("bench", "metrics", "miniature", "pipelines", "routers")
+
+__all__ = [
+    "BadCalibrationData",
+    "BudgetUnreachable",
+    "GenpruneError",
+    "NoMatchingSites",
+    "PlanMismatch",
+    "PruningPlan",
+    "Site",
+    "Sites",
+    "UnsupportedModel",
+    "attach_gates",
+    "find_sites",
+    *_LAZY,
+]
+
+
+def __getattr__(name: str):
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    if name in _SUBPACKAGES:
+        return importlib.import_module(f"genprune.{name}")
+    raise AttributeError(f"module 'genprune' has no attribute '{name}'")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_LAZY, *_SUBPACKAGES])

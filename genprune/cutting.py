@@ -1,0 +1,222 @@
+"""The physical cut: a plan becomes smaller layers, in place. Knows layers, not hosts."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import signal
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from genprune.errors import PlanMismatch, UnsupportedModel, nearest
+from genprune.families import denoiser, denoiser_slot, family_of, find_sites, host_name
+from genprune.gates import gated_sites
+from genprune.plan import PlanBase, PruningPlan
+from genprune.replacements import ScatteredLinear
+from genprune.sites import Sites, Slice, kept_entries
+
+
+def plan_base(model: nn.Module) -> PlanBase:
+    """The base that plans for this model carry: host class and a fingerprint of its configuration and widths."""
+    described = {"config": family_of(model).config(model), "widths": pruned_widths(model)}
+    text = json.dumps(described, sort_keys=True, default=list)
+    return PlanBase(host_name(model), hashlib.sha256(text.encode()).hexdigest())
+
+
+def applied_plan(model: nn.Module) -> PruningPlan | None:
+    """The plan that a model was cut by, in the dense model's indices; None where it is dense or indices are lost."""
+    return model.__dict__.get("_genprune_plan")
+
+
+def pruned_widths(model: nn.Module) -> dict[str, int]:
+    """Kept units of every site that an earlier cut narrowed; empty for a dense model."""
+    return dict(model.__dict__.get("_genprune_widths", {}))
+
+
+# ---- one cut --------------------------------------------------------------------------------------------------------
+
+
+def effective_keep(sites: Sites, keep: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The masks that change something: all-True masks and sites inside a removed site are left out."""
+    gone = {name for name, mask in keep.items() if not mask.any()}
+    return {
+        name: mask
+        for name, mask in keep.items()
+        if not mask.all() and not any(parent in gone for parent in sites.ancestors(name))
+    }
+
+
+def check_plan(model: nn.Module, plan: PruningPlan, sites: Sites) -> None:
+    """Refuse a plan that is not for this model, before anything changes. Raises `PlanMismatch`."""
+    base = plan_base(model)
+    if plan.base.host != base.host:
+        raise PlanMismatch(
+            f"the plan is for {plan.base.host}, the model is {type(model).__name__} ({base.host}). "
+            "Make a plan for this model with gp.make_plan(model, ...)."
+        )
+    for name, mask in plan.keep.items():
+        if name not in sites:
+            raise PlanMismatch(
+                f"the plan names '{name}', which is no site of this {type(model).__name__}{nearest(name, sites)}. "
+                "Was the model cut already? Plans for a cut model are made on it."
+            )
+        if mask.numel() != sites[name].size:
+            raise PlanMismatch(
+                f"the plan has {mask.numel()} units at '{name}', the model has {sites[name].size}. "
+                "Make a plan for this model with gp.make_plan(model, ...)."
+            )
+    if plan.base.config_sha256 != base.config_sha256:
+        raise PlanMismatch(
+            f"the plan was made for another configuration of {base.host} "
+            f"({plan.base.config_sha256[:12]}, this model is {base.config_sha256[:12]}). "
+            "Use the base that it was made for, or make a plan for this model with gp.make_plan(model, ...)."
+        )
+    if plan.ops:
+        raise PlanMismatch(
+            f"the plan has operations that this genprune does not know: {sorted({str(op.get('op')) for op in plan.ops})}."
+            " Upgrade with `pip install -U genprune`."
+        )
+
+
+def layer_masks(model: nn.Module, sites: Sites, keep: Mapping[str, Tensor]) -> dict[tuple[str, str], Tensor]:
+    """(module path, `"out"` or `"in"`) -> bool mask of the entries that stay, for every layer that shrinks."""
+    pieces: dict[tuple[str, str], list[tuple[Slice, Tensor]]] = {}
+    for name, mask in keep.items():
+        site = sites[name]
+        if mask.any() or not site.emptied:
+            for piece in site.slices:
+                pieces.setdefault((piece.module, piece.side), []).append((piece, mask))
+    masks = {}
+    for (path, side), parts in pieces.items():
+        weight = model.get_submodule(path).weight
+        masks[path, side] = kept_entries(torch.ones(weight.shape[side == "in"], dtype=torch.bool), parts)
+    return masks
+
+
+def shrink_(model: nn.Module, sites: Sites, keep: Mapping[str, Tensor]) -> None:
+    """Cut the model by masks that were checked before, in place, one layer at a time (peak: one extra layer)."""
+    keep = effective_keep(sites, keep)
+    masks = layer_masks(model, sites, keep)
+    scattered = {p.module for name in keep for p in sites[name].slices if p.scatter}
+    # Attributes and removed modules first: both read the model as it was.
+    for name, mask in keep.items():
+        site, kept = sites[name], int(mask.sum())
+        if kept == 0 and site.emptied:
+            for change in site.emptied:
+                _set_module(model, change.module, change.build(model.get_submodule(change.module)))
+            continue
+        for attribute in site.attributes:
+            setattr(model.get_submodule(attribute.module), attribute.name, attribute.per_unit * kept)
+    for (path, side), mask in masks.items():
+        if path in scattered:
+            _set_module(model, path, _scattered(model.get_submodule(path), mask))
+        else:
+            _narrow_(model.get_submodule(path), side, mask)
+
+
+def _set_module(model: nn.Module, path: str, module: nn.Module) -> None:
+    parent, _, name = path.rpartition(".")
+    module.train(model.get_submodule(path).training)
+    model.get_submodule(parent)._modules[name] = module
+
+
+def _selected(parameter: Tensor, dim: int, mask: Tensor) -> nn.Parameter:
+    index = mask.nonzero().flatten().to(parameter.device)
+    return nn.Parameter(parameter.detach().index_select(dim, index).contiguous(), parameter.requires_grad)
+
+
+def _narrow_(module: nn.Module, side: str, mask: Tensor) -> None:
+    """Keep the marked rows (`"out"`) or columns (`"in"`) of a layer, and the numbers that describe them."""
+    total, kept = mask.numel(), int(mask.sum())
+    if isinstance(module, nn.GroupNorm):  # its sites cut whole groups
+        module.num_groups = module.num_groups * kept // total
+        module.num_channels = kept
+    elif isinstance(module, nn.Conv2d) and module.groups == 1:
+        setattr(module, "out_channels" if side == "out" else "in_channels", kept)
+    elif isinstance(module, nn.Linear):
+        setattr(module, "out_features" if side == "out" else "in_features", kept)
+    else:
+        raise UnsupportedModel(f"cannot cut a {type(module).__name__}; expected a Linear, Conv2d or GroupNorm layer.")
+    if side == "in":
+        module.weight = _selected(module.weight, 1, mask)
+        return
+    for name in ("weight", "bias"):
+        if getattr(module, name, None) is not None:
+            setattr(module, name, _selected(getattr(module, name), 0, mask))
+
+
+def _scattered(linear: nn.Linear, mask: Tensor) -> ScatteredLinear:
+    """The linear with fewer rows that still returns its full width. Cuts one that is scattered already further."""
+    if isinstance(linear, ScatteredLinear):
+        index, full = linear.index[mask.to(linear.index.device)], linear.full_features
+    else:
+        index, full = mask.nonzero().flatten(), linear.out_features
+    narrow = ScatteredLinear(linear.in_features, index, full, linear.bias is not None, device="meta")
+    narrow.index = index.to(linear.weight.device)
+    narrow.weight = _selected(linear.weight, 0, mask)
+    if linear.bias is not None:
+        narrow.bias = _selected(linear.bias, 0, mask)
+    return narrow
+
+
+@contextmanager
+def interrupt_deferred() -> Iterator[None]:
+    """Hold Ctrl-C back until the block is done, so that a model is never half cut. No-op off the main thread."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    caught = []
+    previous = signal.signal(signal.SIGINT, lambda *received: caught.append(received))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
+        if caught:
+            signal.raise_signal(signal.SIGINT)
+
+
+def cut(target, plan: PruningPlan):
+    """Cut a model for real, in place: smaller layers, removed blocks; same host, same `from_pretrained`.
+
+    Args:
+        target: the supported model, or the pipeline, that the plan was made for.
+        plan: what stays. The whole plan is checked before anything changes, and Ctrl-C waits for the end of the cut.
+
+    Returns:
+        `target` itself. A diffusers model has become its `Pruned...` class (still an instance of the host's class),
+        and a pipeline's component is registered again, so that `save_pretrained` and `from_pretrained` work.
+
+    Raises:
+        UnsupportedModel: no family knows the model. PlanMismatch: the plan is for another model, or gates are still
+        attached. In every case the model is as it was.
+    """
+    from genprune import saving
+
+    model = denoiser(target)
+    sites = find_sites(model)
+    check_plan(model, plan, sites)
+    if gated := gated_sites(model):
+        raise PlanMismatch(
+            f"gates are attached to {len(gated)} sites ('{gated[0]}', ...); expected a model without. "
+            "Call handle.remove() first: the cut reads the plan, not the gates."
+        )
+    before = applied_plan(model)
+    if before is None and pruned_widths(model):
+        raise PlanMismatch(
+            "this model was cut before, but the plan of that cut is not with it; expected genprune_plan.safetensors "
+            "in its folder. Load it from the folder that save_pretrained wrote."
+        )
+    joined = plan if before is None else before.then(plan)
+    widths = pruned_widths(model) | plan.widths()
+    with interrupt_deferred():
+        shrink_(model, sites, plan.keep)
+        model._genprune_plan = joined
+        model._genprune_widths = widths
+        saving.adopt_(model)
+        if (slot := denoiser_slot(target)) is not None:
+            target.register_modules(**{slot: model})
+    return target

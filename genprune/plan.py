@@ -1,0 +1,269 @@
+"""`PruningPlan`: which units of which sites stay. Data only; travels without the model's weights."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from genprune.errors import PlanMismatch, nearest
+from genprune.files import whole_file, whole_folder
+
+FORMAT_VERSION = 1
+PLAN_FILE = "genprune_plan.safetensors"  # beside the weights of a pruned model
+_METADATA_KEY = "genprune_plan"
+
+
+@dataclass(frozen=True)
+class PlanBase:
+    """The model that a plan was made for.
+
+    Args:
+        host: its stock class name, such as `UNet2DConditionModel`.
+        config_sha256: fingerprint of its configuration (what was already pruned included, weights not).
+    """
+
+    host: str
+    config_sha256: str
+
+
+@dataclass(frozen=True)
+class PruningPlan:
+    """Which units of which sites stay, and an ordered list of operations that are no selection.
+
+    Args:
+        base: the model it is for.
+        keep: site name -> kept units, bool of shape `(size,)`. A site that is not named keeps everything.
+        ops: operations such as `{"op": "replace", "path": ...}`, in the order of application.
+        operating_point: input shape that the figures hold at.
+        figures: params, MACs and latency, dense and kept.
+        made_by: method, settings and what it was scored on.
+        tensors: extra tensors that `ops` name.
+    """
+
+    base: PlanBase
+    keep: Mapping[str, Tensor]
+    ops: tuple[dict[str, Any], ...] = ()
+    operating_point: Mapping[str, int] = field(default_factory=dict)
+    figures: Mapping[str, float] = field(default_factory=dict)
+    made_by: Mapping[str, Any] = field(default_factory=dict)
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        masks = {}
+        for name, mask in self.keep.items():
+            mask = torch.as_tensor(mask).detach().cpu()
+            if mask.ndim != 1 or mask.dtype != torch.bool:
+                raise PlanMismatch(
+                    f"keep['{name}'] is {mask.dtype} of shape {tuple(mask.shape)}; expected a bool vector with one "
+                    "entry per unit of the site. Pass e.g. scores >= threshold."
+                )
+            masks[name] = mask
+        object.__setattr__(self, "keep", masks)
+
+    def widths(self) -> dict[str, int]:
+        """Number of kept units of every site that loses some."""
+        return {name: int(mask.sum()) for name, mask in self.keep.items()}
+
+    def removed(self) -> set[tuple[str, int]]:
+        """Every removed unit as (site name, index)."""
+        return {(n, int(i)) for n, mask in self.keep.items() for i in (~mask).nonzero().flatten()}
+
+    def overlap(self, other: PruningPlan) -> float:
+        """Share of the units removed by either plan that both remove: 1 = the same plan, 0 = nothing in common."""
+        mine, theirs = self.removed(), other.removed()
+        union = mine | theirs
+        return len(mine & theirs) / len(union) if union else 1.0
+
+    def then(self, later: PruningPlan) -> PruningPlan:
+        """One plan for the dense model that does what this plan and then `later` do.
+
+        Args:
+            later: made for the model that this plan leaves; its masks index the units kept here.
+
+        Raises:
+            PlanMismatch: `later` has another host, or a mask that does not fit what is left here.
+        """
+        if later.base.host != self.base.host:
+            raise PlanMismatch(
+                f"the later plan is for {later.base.host}, this one for {self.base.host}; expected the same host. "
+                "Make the later plan on the model that this plan cut."
+            )
+        keep = dict(self.keep)
+        for name, mask in later.keep.items():
+            if name not in keep:
+                keep[name] = mask
+                continue
+            left = keep[name].nonzero().flatten()
+            if mask.numel() != left.numel():
+                raise PlanMismatch(
+                    f"the later plan has {mask.numel()} units at '{name}', but {left.numel()} are left there. "
+                    "Make it on the model that this plan cut."
+                )
+            joined = torch.zeros_like(keep[name])
+            joined[left[mask]] = True
+            keep[name] = joined
+        return replace(
+            self,
+            keep=keep,
+            ops=self.ops + later.ops,
+            operating_point=later.operating_point or self.operating_point,
+            figures=later.figures,
+            made_by={"first": dict(self.made_by), "then": dict(later.made_by)},
+            tensors={**self.tensors, **later.tensors},
+        )
+
+    # ---- JSON + safetensors -------------------------------------------------------------------------------------
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything but the masks as plain JSON data; each site's width stands as `[kept, size]`."""
+        return {
+            "format_version": FORMAT_VERSION,
+            "base": asdict(self.base),
+            "sites": {name: [int(mask.sum()), mask.numel()] for name, mask in self.keep.items()},
+            "ops": [dict(op) for op in self.ops],
+            "operating_point": dict(self.operating_point),
+            "figures": dict(self.figures),
+            "made_by": dict(self.made_by),
+        }
+
+    def save(self, path: str | os.PathLike) -> Path:
+        """Write the plan to a folder (`plan.json` + `plan.safetensors`), or to one `.safetensors` file.
+
+        Nothing is left half-written: a failure leaves `path` as it was.
+        """
+        path = Path(path)
+        if path.suffix == ".safetensors":
+            with whole_file(path) as temporary:
+                self._write_tensors(temporary, metadata={_METADATA_KEY: json.dumps(self.to_json())})
+            return path
+        with whole_folder(path) as folder:
+            (folder / "plan.json").write_text(json.dumps(self.to_json(), indent=2) + "\n", encoding="utf-8")
+            self._write_tensors(folder / "plan.safetensors", metadata={"format": "genprune"})
+        return path
+
+    def _write_tensors(self, path: Path, metadata: dict[str, str]) -> None:
+        from safetensors.torch import save_file
+
+        tensors = {f"keep.{name}": mask.to(torch.uint8) for name, mask in self.keep.items()}
+        tensors |= {f"tensor.{name}": value.contiguous() for name, value in self.tensors.items()}
+        save_file(tensors, str(path), metadata=metadata)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> PruningPlan:
+        """Read a plan from its folder, its `.safetensors` file, or the folder of a model that it cut.
+
+        Raises:
+            PlanMismatch: no plan is there, it is damaged or hand-edited, or a newer genprune wrote it.
+        """
+        path = Path(path)
+        if path.is_dir() and (path / "plan.json").is_file():
+            text, tensors = _read(path / "plan.json"), path / "plan.safetensors"
+        else:
+            tensors = path / PLAN_FILE if path.is_dir() else path
+            text = None
+        if not tensors.is_file():
+            raise PlanMismatch(
+                f"no plan at '{path}': expected a folder with plan.json and plan.safetensors, a .safetensors plan, "
+                f"or a pruned model's folder with {PLAN_FILE}. Write one with plan.save(path)."
+            )
+        masks, extra, metadata = _read_tensors(tensors)
+        if text is None:
+            if _METADATA_KEY not in metadata:
+                raise PlanMismatch(
+                    f"'{tensors}' is a safetensors file without a plan. Pass a file that plan.save wrote."
+                )
+            text = metadata[_METADATA_KEY]
+        return cls._from_json(text, masks, extra, source=path)
+
+    @classmethod
+    def _from_json(cls, text: str, masks: dict[str, Tensor], tensors: dict[str, Tensor], source: Path) -> PruningPlan:
+        def refuse(problem: str) -> PlanMismatch:
+            return PlanMismatch(f"the plan at '{source}' {problem}. Make it again, or restore the file.")
+
+        try:
+            data = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise refuse(f"is not whole JSON ({error.msg} at line {error.lineno})") from None
+        if not isinstance(data, dict) or not isinstance(data.get("format_version"), int):
+            raise refuse("has no format_version; expected the JSON object that plan.save writes")
+        if data["format_version"] > FORMAT_VERSION:
+            raise PlanMismatch(
+                f"the plan at '{source}' has format {data['format_version']}, this genprune reads up to "
+                f"{FORMAT_VERSION}. Upgrade with `pip install -U genprune`."
+            )
+        known = {"format_version", "sites"} | {f.name for f in fields(cls)} - {"keep", "tensors"}
+        for key in data:
+            if key not in known:
+                raise refuse(f"has an unknown key '{key}'{nearest(key, known)}")
+        try:
+            base = PlanBase(**data["base"])
+            sites = {str(n): (int(kept), int(size)) for n, (kept, size) in data["sites"].items()}
+            ops = tuple(dict(op) for op in data.get("ops", ()))
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise refuse(f"lacks a part or has one of the wrong type ({error})") from None
+        if sites != {n: (int(m.sum()), m.numel()) for n, m in masks.items()}:
+            wrong = sorted(set(sites) ^ set(masks)) or [
+                n for n, (kept, size) in sites.items() if (kept, size) != (int(masks[n].sum()), masks[n].numel())
+            ]
+            raise refuse(f"says other widths than its masks, first at '{wrong[0]}': one of the two was edited")
+        optional = {key: data[key] for key in ("operating_point", "figures", "made_by") if key in data}
+        return cls(base=base, keep=masks, ops=ops, tensors=tensors, **optional)
+
+    def __eq__(self, other: object) -> bool:
+        return (
+            isinstance(other, PruningPlan)
+            and self.to_json() == other.to_json()
+            and all(torch.equal(mask, other.keep[name]) for name, mask in self.keep.items())
+            and self.tensors.keys() == other.tensors.keys()
+            and all(torch.equal(value, other.tensors[name]) for name, value in self.tensors.items())
+        )
+
+    __hash__ = None
+
+    def __str__(self) -> str:
+        lines = [f"PruningPlan for {self.base.host}"]
+        by_kind: dict[str, list[Tensor]] = {}
+        for name, mask in self.keep.items():
+            by_kind.setdefault(name.rsplit(":", 1)[-1], []).append(mask)
+        for kind, masks in by_kind.items():
+            gone, total = sum(int((~m).sum()) for m in masks), sum(m.numel() for m in masks)
+            lines.append(f"  {kind:<10} {gone:>7,} of {total:,} units go, at {len(masks)} sites")
+        for quantity, unit in (("params", ""), ("macs", ""), ("latency_ms", " ms")):
+            if quantity in self.figures and f"dense_{quantity}" in self.figures:
+                kept, dense = self.figures[quantity], self.figures[f"dense_{quantity}"]
+                lines.append(f"  {quantity:<10} {kept:,.6g}{unit} of {dense:,.6g}{unit} ({kept / dense:.1%})")
+        return "\n".join(lines)
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise PlanMismatch(f"'{path}' is not a text file; expected the JSON that plan.save writes.") from None
+
+
+def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, str]]:
+    from safetensors import SafetensorError, safe_open
+
+    masks, extra = {}, {}
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            metadata = file.metadata() or {}
+            for key in file.keys():
+                kind, _, name = key.partition(".")
+                if kind == "keep":
+                    masks[name] = file.get_tensor(key).bool()
+                else:
+                    extra[name] = file.get_tensor(key)
+    except SafetensorError as error:
+        raise PlanMismatch(
+            f"'{path}' is not a whole safetensors file ({error}). Make the plan again, or restore the file."
+        ) from None
+    return masks, extra, metadata

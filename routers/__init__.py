@@ -1,0 +1,1 @@
+"""Prompt routers, which choose among plans at run time. Imported as `genprune.routers`; none in this release."""

@@ -1,0 +1,169 @@
+"""The Pruned classes of diffusers' models: still the host's class, saved and loaded with their widths.
+
+Their `__module__` is `genprune`, because a pipeline's model_index.json stores it: it is part of the file format.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import os
+from pathlib import Path
+from typing import Any
+
+from diffusers import (
+    DiffusionPipeline,
+    FluxTransformer2DModel,
+    ModelMixin,
+    SD3Transformer2DModel,
+    UNet2DConditionModel,
+    UNet2DModel,
+)
+from torch import nn
+
+from genprune.cutting import applied_plan, pruned_widths
+from genprune.errors import PlanMismatch
+from genprune.gates import gated_sites
+from genprune.plan import PLAN_FILE, PruningPlan
+from genprune.widths import PRUNING_KEY, apply_widths_, check_same_widths, pruning_entry, read_widths
+
+
+class PrunedMixin:
+    """Loading and saving of a model that was cut; nothing of the host's forward path is touched."""
+
+    @classmethod
+    def from_config(cls, config=None, return_unused_kwargs: bool = False, **kwargs):
+        """The model with the widths in `config["pruning"]`, its weights not loaded yet.
+
+        Raises:
+            PlanMismatch: the entry is missing or damaged, names sites that the model lacks, or is of a newer format.
+        """
+        if not isinstance(config, dict):
+            config = cls.load_config(config)
+        widths = read_widths(config.get(PRUNING_KEY), cls.__name__)
+        stock = {key: value for key, value in config.items() if key != PRUNING_KEY}
+        model, unused = super().from_config(stock, return_unused_kwargs=True, **kwargs)
+        apply_widths_(model, widths)
+        model.register_to_config(**{PRUNING_KEY: pruning_entry(widths)})
+        return (model, unused) if return_unused_kwargs else model
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
+        """The host's `from_pretrained`; the plan that the model was cut by comes with it where it was saved.
+
+        Raises:
+            PlanMismatch: the folder is half-written (tensors missing), or its plan and its config disagree.
+        """
+        wants_info = kwargs.pop("output_loading_info", False)
+        model, info = super().from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
+        if missing := info.get("missing_keys"):
+            raise PlanMismatch(
+                f"'{pretrained_model_name_or_path}' lacks {len(missing)} tensors of this {cls.__name__} "
+                f"('{sorted(missing)[0]}', ...); expected all of them. The folder is half-written or mixed: save it "
+                "again with save_pretrained."
+            )
+        if (path := _plan_file(pretrained_model_name_or_path, kwargs)) is not None:
+            plan = PruningPlan.load(path)
+            check_same_widths(plan, pruned_widths(model), path)
+            model._genprune_plan = plan
+        return (model, info) if wants_info else model
+
+    @functools.wraps(ModelMixin.save_pretrained)  # a pipeline reads the signature to choose its arguments
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        """The host's `save_pretrained`, with the plan's kept indices beside the weights.
+
+        Raises:
+            PlanMismatch: gates are attached: the file would hold the uncut weights without a trace of the gates.
+        """
+        if gated := gated_sites(self):
+            raise PlanMismatch(
+                f"gates are attached to {len(gated)} sites ('{gated[0]}', ...); a saved folder would hold the uncut "
+                "weights without them. Call handle.remove() and gp.cut(model, plan) first, then save."
+            )
+        if os.path.isfile(save_directory):
+            raise PlanMismatch(f"'{save_directory}' is a file; expected a folder to write to. Pass another path.")
+        _register_with_saving_pipeline(self)
+        given = inspect.signature(ModelMixin.save_pretrained).bind(self, save_directory, *args, **kwargs).arguments
+        writes_plan = given.get("is_main_process", True)
+        if writes_plan:
+            # No old plan ever lies beside new weights: an interrupt leaves a folder without plan, which still loads.
+            (Path(save_directory) / PLAN_FILE).unlink(missing_ok=True)
+            if given.get("push_to_hub"):  # the host uploads the folder before it returns
+                _write_plan(self, save_directory)
+        super().save_pretrained(save_directory, *args, **kwargs)
+        if writes_plan:
+            _write_plan(self, save_directory)
+
+
+def _write_plan(model: nn.Module, folder: str | os.PathLike) -> None:
+    if (plan := applied_plan(model)) is not None:
+        plan.save(Path(folder) / PLAN_FILE)
+
+
+def _register_with_saving_pipeline(model: nn.Module) -> None:
+    """Where a pipeline is saving this model, have its index name the Pruned class.
+
+    `cut(pipe.unet)` never sees the pipeline, whose index would go on naming the stock class. The pipeline writes its
+    index after its components, so the one place to mend it is here, found by walking up the call stack.
+    """
+    frame = inspect.currentframe()
+    while (frame := frame.f_back) is not None:
+        pipeline = frame.f_locals.get("self")
+        if isinstance(pipeline, DiffusionPipeline):
+            for slot, component in pipeline.components.items():
+                if getattr(component, "_orig_mod", component) is model:  # `_orig_mod`: compiled
+                    pipeline.register_to_config(**{slot: (type(model).__module__, type(model).__name__)})
+            return
+
+
+def _plan_file(source: str | os.PathLike, kwargs: dict[str, Any]) -> Path | None:
+    """The plan beside the weights, in a local folder or in a hub repository; None where there is none."""
+    subfolder = kwargs.get("subfolder") or ""
+    if os.path.isdir(source):
+        path = Path(source) / subfolder / PLAN_FILE
+        return path if path.is_file() else None
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
+
+    same = ("revision", "cache_dir", "token", "local_files_only", "force_download")
+    given = {key: kwargs[key] for key in same if kwargs.get(key) is not None}
+    try:
+        return Path(hf_hub_download(str(source), PLAN_FILE, subfolder=subfolder or None, **given))
+    except EntryNotFoundError:
+        return None
+
+
+class PrunedUNet2DConditionModel(PrunedMixin, UNet2DConditionModel):
+    """`UNet2DConditionModel` after `gp.cut`."""
+
+    __module__ = "genprune"
+
+
+class PrunedUNet2DModel(PrunedMixin, UNet2DModel):
+    """`UNet2DModel` after `gp.cut`."""
+
+    __module__ = "genprune"
+
+
+class PrunedFluxTransformer2DModel(PrunedMixin, FluxTransformer2DModel):
+    """`FluxTransformer2DModel` after `gp.cut`."""
+
+    __module__ = "genprune"
+
+
+class PrunedSD3Transformer2DModel(PrunedMixin, SD3Transformer2DModel):
+    """`SD3Transformer2DModel` after `gp.cut`."""
+
+    __module__ = "genprune"
+
+
+# Host class -> its Pruned class.
+PRUNED = {
+    cls.__bases__[1]: cls
+    for cls in (
+        PrunedUNet2DConditionModel,
+        PrunedUNet2DModel,
+        PrunedFluxTransformer2DModel,
+        PrunedSD3Transformer2DModel,
+    )
+}

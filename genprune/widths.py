@@ -1,0 +1,107 @@
+"""The `pruning` entry of a model's configuration: how many units each site keeps, and a skeleton built from it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from genprune.cutting import shrink_
+from genprune.errors import PlanMismatch, nearest
+from genprune.families import find_sites
+from genprune.plan import PruningPlan
+from genprune.sites import Sites
+
+FORMAT_VERSION = 1
+PRUNING_KEY = "pruning"
+
+
+def pruning_entry(widths: Mapping[str, int]) -> dict[str, Any]:
+    """The configuration entry: plain JSON data, a few KB."""
+    return {"format_version": FORMAT_VERSION, "widths": dict(widths)}
+
+
+def read_widths(entry: Any, source: str) -> dict[str, int]:
+    """Site name -> kept units, from a configuration's `pruning` entry.
+
+    Args:
+        entry: what stands under `pruning`.
+        source: the class or folder it was found in, for the messages.
+
+    Raises:
+        PlanMismatch: it is missing or damaged, or a newer genprune wrote it.
+    """
+    again = "Save the model again with save_pretrained, or restore its config.json."
+    if entry is None:
+        raise PlanMismatch(
+            f"the config of {source} has no '{PRUNING_KEY}' entry; expected the widths of a pruned model. A dense "
+            f"model loads with the class without `Pruned`. {again}"
+        )
+    version = entry.get("format_version") if isinstance(entry, Mapping) else None
+    if isinstance(version, int) and version > FORMAT_VERSION:
+        raise PlanMismatch(
+            f"the '{PRUNING_KEY}' entry of {source} has format {version}, this genprune reads up to {FORMAT_VERSION}. "
+            "Upgrade with `pip install -U genprune`."
+        )
+    widths = entry.get("widths") if isinstance(entry, Mapping) else None
+    if version != FORMAT_VERSION or not isinstance(widths, Mapping):
+        raise PlanMismatch(
+            f"the '{PRUNING_KEY}' entry of {source} is damaged: expected "
+            f'{{"format_version": {FORMAT_VERSION}, "widths": {{site: kept units}}}}. {again}'
+        )
+    for name, width in widths.items():
+        if isinstance(width, bool) or not isinstance(width, int) or width < 0:
+            raise PlanMismatch(
+                f"the '{PRUNING_KEY}' entry of {source} keeps {width!r} units at '{name}'; expected a whole number "
+                f">= 0. {again}"
+            )
+    return {str(name): int(width) for name, width in widths.items()}
+
+
+def first_units(sites: Sites, widths: Mapping[str, int]) -> dict[str, Tensor]:
+    """Masks that keep the first `width` units of each site: right shapes, before the weights are loaded.
+
+    Raises:
+        PlanMismatch: a site is unknown, or keeps more units than it has.
+    """
+    keep = {}
+    for name, width in widths.items():
+        if name not in sites or width > sites[name].size:
+            found = f"keeps {width} of {sites[name].size} units at" if name in sites else "names"
+            raise PlanMismatch(
+                f"the '{PRUNING_KEY}' entry {found} '{name}', which {sites.host} does not have"
+                f"{'' if name in sites else nearest(name, sites)}. The config was edited, or belongs to another "
+                "model: save the model again with save_pretrained."
+            )
+        keep[name] = torch.arange(sites[name].size) < width
+    return keep
+
+
+def apply_widths_(model: nn.Module, widths: Mapping[str, int]) -> None:
+    """Shrink a dense skeleton to these widths, in place, on any device (meta included).
+
+    Which units are kept comes with the weights: index buffers hold the first ones until a checkpoint is loaded.
+    """
+    sites = find_sites(model)
+    shrink_(model, sites, first_units(sites, widths))
+    model._genprune_widths = dict(widths)
+
+
+def check_same_widths(plan: PruningPlan, widths: Mapping[str, int], path: str | os.PathLike) -> None:
+    """Raises `PlanMismatch` where the plan beside the weights is not the one that the config's widths came from."""
+    planned = narrowed(plan)
+    for name in sorted(planned.keys() | widths.keys()):
+        if planned.get(name) != widths.get(name):
+            raise PlanMismatch(
+                f"'{path}' keeps {planned.get(name, 'all')} units at '{name}', the config beside it "
+                f"{widths.get(name, 'all')}; expected the same. The folder is half-written or mixed from two models: "
+                "save it again with save_pretrained."
+            )
+
+
+def narrowed(plan: PruningPlan) -> dict[str, int]:
+    """Kept units of every site that loses some under the plan."""
+    return {name: int(mask.sum()) for name, mask in plan.keep.items() if not mask.all()}

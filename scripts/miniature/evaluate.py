@@ -1,0 +1,255 @@
+"""Stage "evaluate": every figure of `docs/results/miniature.json`, and the contact sheets of the docs."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import platform
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from genprune.miniature import grammar
+from genprune.miniature.grader import Grader, chance, grade
+
+from .assembly import assemble_pipeline, averaged_weights, load_autoencoder
+from .denoiser import draw
+from .grading import stack
+from .pictures import contact_sheet, to_tensor, to_uint8
+from .statistics import (
+    bootstrap_interval,
+    frechet_distance,
+    kernel_distance,
+    nearest_pictures,
+    smallest_difference,
+)
+
+SEED = 20  # of the test scenes and of the noise; training used other seeds
+SAMPLER = {"steps": 20, "guidance_scale": 3.5}
+
+
+class Judge:
+    """Grades pictures of given scenes and compares their features with those of other real scenes."""
+
+    def __init__(self, grader: Grader, scenes: list[grammar.Scene]) -> None:
+        self.grader, self.scenes = grader, scenes
+        # the references are other scenes of the same split, so that no picture is compared with its own
+        self.reference = self.features(stack(grammar.scenes("test", 2048, seed=SEED + 1)))
+
+    @torch.no_grad()
+    def features(self, pictures: Tensor) -> np.ndarray:
+        return torch.cat([self.grader.features(part) for part in pictures.split(256)]).double().numpy()
+
+    def row(self, pictures: Tensor, scenes: list[grammar.Scene] | None = None) -> dict:
+        """Accuracies, KID and FD of uint8 pictures `(N, 3, 64, 64)`."""
+        features = self.features(pictures)
+        return {
+            "grader": rounded(grade(pictures, scenes or self.scenes, self.grader)),
+            "kid_miniature_grader": rounded(kernel_distance(features, self.reference)),
+            "fd_miniature_grader": rounded(frechet_distance(features, self.reference)),
+        }
+
+
+def evaluate(arguments: argparse.Namespace) -> dict:
+    """Draw test captions with every rung of the ladder, grade, compare, and write JSON, sheets and the docs' table."""
+    output, docs = arguments.output_dir, arguments.docs_dir
+    grader = Grader()
+    weights = load_file(averaged_weights(output / "grader"))
+    # what is embedded is float16, so what is measured is float16 rounded
+    grader.load_state_dict({name.removeprefix("grader."): t.half().float() for name, t in weights.items()})
+    grader.eval().requires_grad_(False)
+    scenes = grammar.scenes("test", arguments.num_scenes, seed=SEED)
+    judge = Judge(grader, scenes)
+    real = stack(scenes)
+
+    ladder, pictures = [], None
+    final = averaged_weights(output / arguments.arch)
+    rungs = sorted((int(path.stem.split("-")[1]), path) for path in final.parents[1].glob("ema-*.safetensors"))
+    last_step = json.loads((final.parent / "state.json").read_text())["step"]
+    batch = json.loads((output / arguments.arch / "config.json").read_text())["train_batch_size"]
+    for step, path in [rung for rung in rungs if rung[0] < last_step] + [(last_step, final)]:
+        pictures = draw_all(assemble_pipeline(output, arguments.arch, path), scenes)
+        ladder.append({"step": step, "samples_seen": step * batch, **judge.row(pictures)})
+        print(json.dumps(ladder[-1]))
+
+    rows = baseline_rows(judge, scenes, real, pictures, load_autoencoder(output))
+    result = {
+        "what": "miniature A: a 64 px pipeline trained from scratch on composed emoji scenes, nothing else",
+        "command": "python " + " ".join(["scripts/train_miniature.py", *shown_arguments(arguments)]),
+        "provenance": provenance(arguments, final),
+        "data": describe_data(scenes),
+        "training": describe_training(output, arguments.arch, batch),
+        "sampler": {"scheduler": "DDIMScheduler", **SAMPLER, "seed": f"{SEED} + index", "n": len(scenes)},
+        "grader_on_real_test_scenes": rounded(grade_real(grader, 4000)),
+        "chance": rounded(chance(scenes)),
+        "rows": rows,
+        "ladder": ladder,
+        "all_right_interval_95": rounded(bootstrap_interval(all_right(pictures, scenes, grader))),
+        "smallest_difference_in_all_right": rounded(smallest_difference(all_right(pictures, scenes, grader))),
+        "held_out_pairs": held_out(pictures, scenes, grader),
+        "copying": copying(pictures, real, arguments),
+    }
+    (docs / "results").mkdir(parents=True, exist_ok=True)
+    (docs / "results" / "miniature.json").write_text(json.dumps(result, indent=1) + "\n")
+    write_sheets(docs / "miniature", scenes, real, pictures, load_autoencoder(output))
+    return result
+
+
+def grade_real(grader: Grader, n: int) -> dict[str, float]:
+    """How well the grader reads held-out scenes as the grammar draws them."""
+    scenes = grammar.scenes("test", n, seed=SEED + 2)
+    return grade(stack(scenes), scenes, grader)
+
+
+def draw_all(pipeline, scenes: list[grammar.Scene], batch_size: int = 64) -> Tensor:
+    """uint8 `(N, 3, 64, 64)`; noise of picture i is seeded by `SEED + i`. Runs the embedded float16 values."""
+    parts = [pipeline.unet, pipeline.text_encoder, pipeline.vae]
+    for part in parts:
+        part.half().float()
+    captions, drawn = [grammar.caption(scene) for scene in scenes], []
+    for start in tqdm(range(0, len(captions), batch_size), desc="draw"):
+        batch = captions[start : start + batch_size]
+        arguments = (pipeline.unet, pipeline.text_encoder, pipeline.vae, pipeline.tokenizer, pipeline.scheduler)
+        drawn.append(to_uint8(draw(*arguments, batch, seed=SEED + start, **SAMPLER)))
+    return torch.from_numpy(np.concatenate(drawn)).permute(0, 3, 1, 2).contiguous()
+
+
+def baseline_rows(judge: Judge, scenes, real: Tensor, generated: Tensor, vae) -> dict[str, dict]:
+    """The rows that every table needs: what no model, a wrong caption and a perfect model would get."""
+    train = stack(grammar.scenes("train", 2048, seed=SEED))
+    mean = train.float().mean(0).round().to(torch.uint8).expand(len(scenes), -1, -1, -1).contiguous()
+    order = torch.randperm(len(scenes), generator=torch.Generator().manual_seed(0))
+    rows = {
+        "real scenes": judge.row(real),
+        "real scenes through the autoencoder": judge.row(reconstruct(vae, real)),
+        "generated": judge.row(generated),
+        "generated, shuffled prompts": judge.row(generated[order]),
+        "mean image": judge.row(mean),
+        "blank canvas": judge.row(torch.full_like(real, 255)),
+    }
+    return rows
+
+
+@torch.no_grad()
+def reconstruct(vae, pictures: Tensor) -> Tensor:
+    """Encode and decode uint8 pictures `(N, 3, 64, 64)`."""
+    decoded = []
+    for part in pictures.split(128):
+        tensor = to_tensor(part.permute(0, 2, 3, 1).numpy())
+        decoded.append(to_uint8(vae.decode(vae.encode(tensor).latent_dist.mode()).sample))
+    return torch.from_numpy(np.concatenate(decoded)).permute(0, 3, 1, 2).contiguous()
+
+
+def all_right(pictures: Tensor, scenes, grader: Grader) -> np.ndarray:
+    """1.0 where everything said is right, shape `(N,)`."""
+    return np.array([grade(p[None], [s], grader)["all"] for p, s in zip(pictures, scenes, strict=True)])
+
+
+def held_out(pictures: Tensor, scenes, grader: Grader) -> dict:
+    """Scores of the captions whose object-on-colour pair never occurred in training, and of the others."""
+    pairs = grammar.HELD_OUT_PAIRS
+    unseen = [any((word, s.background) in pairs for word in (s.concept, s.other)) for s in scenes]
+    mask = torch.tensor(unseen)
+    split = {"unseen_pair": (pictures[mask], [s for s, u in zip(scenes, unseen, strict=True) if u])}
+    split["other_test"] = (pictures[~mask], [s for s, u in zip(scenes, unseen, strict=True) if not u])
+    return {name: {"n": len(s), "all": round(grade(p, s, grader)["all"], 4)} for name, (p, s) in split.items() if s}
+
+
+def copying(generated: Tensor, real: Tensor, arguments: argparse.Namespace) -> dict:
+    """Distance to the nearest training picture, for generated and, as the floor, for real test pictures."""
+    train = torch.cat([stack(grammar.scenes("train", 4096, arguments.seed, i)) for i in range(0, 32_768, 4096)])
+    result = {"training_pictures_searched": len(train), "distance": "RMS over pixels, levels of 255"}
+    for name, pictures in (("generated", generated), ("real_test", real)):
+        first, second, _ = nearest_pictures(pictures, train)
+        result[name] = {
+            "median_nearest": round(float(np.median(first)), 2),
+            "min_nearest": round(float(first.min()), 2),
+            # a copy would be several times nearer to one training picture than to any other
+            "copy_rate_nearest_below_half_of_second": round(float((first < 0.5 * second).mean()), 4),
+        }
+    return result
+
+
+def describe_data(scenes: list[grammar.Scene]) -> dict:
+    text = "\n".join(grammar.caption(scene) for scene in scenes)
+    folder = Path(grammar.__file__).parent
+    c, b, t = len(grammar.CONCEPTS), len(grammar.COLORS), len(grammar.TEXTURES)
+    layouts = c * len(grammar.SIZES) * len(grammar.POSITIONS) + c * len(grammar.DEFAULT.counts) + c * (c - 1)
+    return {
+        "concepts": c,
+        "sprites_only_the_autoencoder_saw": len(grammar.HELD_OUT_CONCEPTS),
+        "combinations": layouts * b * t,
+        "held_out_object_background_pairs": [list(pair) for pair in grammar.HELD_OUT_PAIRS],
+        "test_captions_sha256": hashlib.sha256(text.encode()).hexdigest(),
+        "sprites_sha256": hashlib.sha256((folder / "sprites.png").read_bytes()).hexdigest(),
+    }
+
+
+def describe_training(output: Path, arch: str, batch: int) -> dict:
+    """Steps, pictures, hours and parameters of every trained stage."""
+    stages = {}
+    for folder in (output / "vae", output / "decoder", output / arch, output / "grader"):
+        logs = folder / "log.jsonl"
+        if not logs.is_file():
+            continue
+        last = json.loads(logs.read_text().splitlines()[-1])
+        config = json.loads((folder / "config.json").read_text())
+        tensors = load_file(averaged_weights(folder))
+        stages[folder.name] = {
+            "steps": last["step"],
+            "pictures_seen": last["step"] * config["train_batch_size"],
+            "hours": round(last["seconds"] / 3600, 3),
+            "parameters": sum(tensor.numel() for tensor in tensors.values()),
+            **{key: config[key] for key in ("learning_rate", "lr_scheduler", "mixed_precision", "seed")},
+        }
+    return stages
+
+
+def provenance(arguments: argparse.Namespace, weights: Path) -> dict:
+    names = ("torch", "diffusers", "transformers", "accelerate", "numpy", "pillow")
+    return {
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in names}},
+        "device": f"CPU, {torch.get_num_threads()} threads, {platform.machine()}, {cpu_name()}",
+        "seed": arguments.seed,
+        "denoiser_weights_sha256": hashlib.sha256(weights.read_bytes()).hexdigest(),
+        "extractor": "miniature grader, penultimate layer (128 features)",
+    }
+
+
+def cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+def shown_arguments(arguments: argparse.Namespace) -> list[str]:
+    """The command line without the machine's own paths."""
+    shown = [f"--stage {arguments.stage}", "--output_dir runs/miniature", f"--num_scenes {arguments.num_scenes}"]
+    return shown if "--arch" not in sys.argv else [*shown, f"--arch {arguments.arch}"]
+
+
+def rounded(value, digits: int = 4):
+    if isinstance(value, dict):
+        return {key: rounded(item, digits) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [rounded(item, digits) for item in value]
+    return round(float(value), digits)
+
+
+def write_sheets(folder: Path, scenes, real: Tensor, generated: Tensor, vae) -> None:
+    """The pictures of the docs: the first 40 test captions, unselected, and real scenes beside reconstructions."""
+    folder.mkdir(parents=True, exist_ok=True)
+    captions = [grammar.caption(scene) for scene in scenes]
+    as_rows = generated.permute(0, 2, 3, 1).numpy()
+    contact_sheet(as_rows[:40], folder / "generated.png", columns=8, zoom=2, captions=captions[:40])
+    both = torch.cat([real[:8], reconstruct(vae, real[:8]), generated[:8]]).permute(0, 2, 3, 1).numpy()
+    labels = [f"{kind}: {c}" for kind in ("real", "autoencoder", "generated") for c in captions[:8]]
+    contact_sheet(both, folder / "real_autoencoder_generated.png", columns=8, zoom=2, captions=labels)

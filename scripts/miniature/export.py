@@ -1,0 +1,56 @@
+"""Stage "export": the trained parts as a stock diffusers folder in float16, small enough to be embedded."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from genprune.miniature import grader as grader_module
+
+from .assembly import assemble_pipeline, averaged_weights
+
+LIMIT = 20 * 2**20  # bytes of the whole folder
+
+
+def export(arguments: argparse.Namespace) -> Path:
+    """Write `pipeline/`, the grader's weights and a short training log into `--export_dir`, replacing older ones.
+
+    Raises:
+        FileNotFoundError: the autoencoder or the denoiser has not been trained.
+        ValueError: the folder would be larger than the 20 MiB that may be embedded.
+    """
+    target = arguments.export_dir or Path(grader_module.__file__).parent
+    target.mkdir(parents=True, exist_ok=True)
+    pipeline = assemble_pipeline(arguments.output_dir, arguments.arch, arguments.denoiser_weights)
+    pipeline = pipeline.to(torch.float16)
+    folder, written = target / "pipeline", target / ".pipeline-writing"
+    shutil.rmtree(written, ignore_errors=True)
+    pipeline.save_pretrained(written, max_shard_size="7MB")
+    shutil.rmtree(folder, ignore_errors=True)
+    written.rename(folder)
+    if any((arguments.output_dir / "grader").glob("checkpoint-*[0-9]")):
+        weights = load_file(averaged_weights(arguments.output_dir / "grader"))
+        halves = {name.removeprefix("grader."): tensor.half() for name, tensor in weights.items()}
+        save_file(halves, target / grader_module.WEIGHTS)
+    write_log(arguments.output_dir, target / "training_log.jsonl")
+    size = sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
+    if size > LIMIT:
+        raise ValueError(f"{target} holds {size / 2**20:.1f} MiB, but at most 20 may be embedded; narrow a model")
+    return folder
+
+
+def write_log(output_dir: Path, path: Path, lines_per_stage: int = 25) -> None:
+    """A thinned training log of all stages, one JSON object a line."""
+    with path.open("w") as file:
+        for log in sorted(output_dir.glob("*/log.jsonl")):
+            records = {record["step"]: record for record in map(json.loads, log.read_text().splitlines())}
+            steps = sorted(records)
+            every = max(1, len(steps) // lines_per_stage)
+            kept = [step for index, step in enumerate(steps) if index % every == 0 or step == steps[-1]]
+            for step in kept:
+                file.write(json.dumps({"stage": log.parent.name, **records[step]}) + "\n")

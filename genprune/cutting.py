@@ -17,7 +17,7 @@ from genprune.families import denoiser, denoiser_slot, family_of, find_sites, ho
 from genprune.gates import gated_sites
 from genprune.plan import PlanBase, PruningPlan
 from genprune.replacements import ScatteredLinear
-from genprune.sites import Sites, Slice, kept_entries
+from genprune.sites import Sites, SizeAttribute, Slice, effective_keep, kept_entries
 
 
 def plan_base(model: nn.Module) -> PlanBase:
@@ -38,16 +38,6 @@ def pruned_widths(model: nn.Module) -> dict[str, int]:
 
 
 # ---- one cut --------------------------------------------------------------------------------------------------------
-
-
-def effective_keep(sites: Sites, keep: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The masks that change something: all-True masks and sites inside a removed site are left out."""
-    gone = {name for name, mask in keep.items() if not mask.any()}
-    return {
-        name: mask
-        for name, mask in keep.items()
-        if not mask.all() and not any(parent in gone for parent in sites.ancestors(name))
-    }
 
 
 def check_plan(model: nn.Module, plan: PruningPlan, sites: Sites) -> None:
@@ -76,9 +66,10 @@ def check_plan(model: nn.Module, plan: PruningPlan, sites: Sites) -> None:
             "Use the base that it was made for, or make a plan for this model with gp.make_plan(model, ...)."
         )
     if plan.ops:
+        unknown = sorted({str(op.get("op")) for op in plan.ops})
         raise PlanMismatch(
-            f"the plan has operations that this genprune does not know: {sorted({str(op.get('op')) for op in plan.ops})}."
-            " Upgrade with `pip install -U genprune`."
+            f"the plan has operations that this genprune does not know: {unknown}. "
+            "Upgrade with `pip install -U genprune`."
         )
 
 
@@ -86,9 +77,9 @@ def layer_masks(model: nn.Module, sites: Sites, keep: Mapping[str, Tensor]) -> d
     """(module path, `"out"` or `"in"`) -> bool mask of the entries that stay, for every layer that shrinks."""
     pieces: dict[tuple[str, str], list[tuple[Slice, Tensor]]] = {}
     for name, mask in keep.items():
-        site = sites[name]
-        if mask.any() or not site.emptied:
-            for piece in site.slices:
+        site, kept = sites[name], int(mask.sum())
+        for piece in site.slices:
+            if site.shrinks(piece.module, kept):
                 pieces.setdefault((piece.module, piece.side), []).append((piece, mask))
     masks = {}
     for (path, side), parts in pieces.items():
@@ -98,24 +89,58 @@ def layer_masks(model: nn.Module, sites: Sites, keep: Mapping[str, Tensor]) -> d
 
 
 def shrink_(model: nn.Module, sites: Sites, keep: Mapping[str, Tensor]) -> None:
-    """Cut the model by masks that were checked before, in place, one layer at a time (peak: one extra layer)."""
+    """Cut the model by masks that were checked before, in place, one layer at a time (peak: one extra layer).
+
+    Raises:
+        UnsupportedModel: a layer cannot be narrowed (quantised, or wrapped by an adapter); nothing has changed then.
+    """
     keep = effective_keep(sites, keep)
     masks = layer_masks(model, sites, keep)
     scattered = {p.module for name in keep for p in sites[name].slices if p.scatter}
+    for (path, side), mask in masks.items():
+        _check_layer(path, model.get_submodule(path), side, mask)
     # Attributes and removed modules first: both read the model as it was.
     for name, mask in keep.items():
         site, kept = sites[name], int(mask.sum())
-        if kept == 0 and site.emptied:
+        for attribute in site.attributes:
+            if site.shrinks(attribute.module, kept):
+                _set_attribute(model.get_submodule(attribute.module), attribute, kept)
+        if kept == 0:
             for change in site.emptied:
                 _set_module(model, change.module, change.build(model.get_submodule(change.module)))
-            continue
-        for attribute in site.attributes:
-            setattr(model.get_submodule(attribute.module), attribute.name, attribute.per_unit * kept)
     for (path, side), mask in masks.items():
         if path in scattered:
             _set_module(model, path, _scattered(model.get_submodule(path), mask))
         else:
             _narrow_(model.get_submodule(path), side, mask)
+
+
+def _check_layer(path: str, module: nn.Module, side: str, mask: Tensor) -> None:
+    if isinstance(module, nn.Linear):
+        features = (module.out_features, module.in_features)
+    elif isinstance(module, nn.Conv2d) and module.groups == 1:
+        features = (module.out_channels, module.in_channels)
+    elif isinstance(module, nn.GroupNorm):
+        features = (module.num_channels,)
+    else:
+        raise UnsupportedModel(
+            f"'{path}' is a {type(module).__name__}; expected a Linear, Conv2d or GroupNorm layer. "
+            "Cut the model before adapters are added and before it is quantised."
+        )
+    if tuple(module.weight.shape[: len(features)]) != features or mask.numel() != features[side == "in"]:
+        raise UnsupportedModel(
+            f"'{path}' has a weight of shape {tuple(module.weight.shape)}; expected {features} first, as in a plain "
+            f"{type(module).__name__}. Cut the model before it is quantised."
+        )
+
+
+def _set_attribute(module: nn.Module, attribute: SizeAttribute, kept: int) -> None:
+    value = attribute.per_unit * kept
+    if attribute.item is not None:
+        numbers = list(getattr(module, attribute.name))
+        numbers[attribute.item] = value
+        value = numbers
+    setattr(module, attribute.name, value)
 
 
 def _set_module(model: nn.Module, path: str, module: nn.Module) -> None:
@@ -135,12 +160,10 @@ def _narrow_(module: nn.Module, side: str, mask: Tensor) -> None:
     if isinstance(module, nn.GroupNorm):  # its sites cut whole groups
         module.num_groups = module.num_groups * kept // total
         module.num_channels = kept
-    elif isinstance(module, nn.Conv2d) and module.groups == 1:
+    elif isinstance(module, nn.Conv2d):
         setattr(module, "out_channels" if side == "out" else "in_channels", kept)
-    elif isinstance(module, nn.Linear):
-        setattr(module, "out_features" if side == "out" else "in_features", kept)
     else:
-        raise UnsupportedModel(f"cannot cut a {type(module).__name__}; expected a Linear, Conv2d or GroupNorm layer.")
+        setattr(module, "out_features" if side == "out" else "in_features", kept)
     if side == "in":
         module.weight = _selected(module.weight, 1, mask)
         return
@@ -152,7 +175,7 @@ def _narrow_(module: nn.Module, side: str, mask: Tensor) -> None:
 def _scattered(linear: nn.Linear, mask: Tensor) -> ScatteredLinear:
     """The linear with fewer rows that still returns its full width. Cuts one that is scattered already further."""
     if isinstance(linear, ScatteredLinear):
-        index, full = linear.index[mask.to(linear.index.device)], linear.full_features
+        index, full = linear.index[mask.nonzero().flatten().to(linear.index.device)], linear.full_features
     else:
         index, full = mask.nonzero().flatten(), linear.out_features
     narrow = ScatteredLinear(linear.in_features, index, full, linear.bias is not None, device="meta")
@@ -211,7 +234,8 @@ def cut(target, plan: PruningPlan):
             "in its folder. Load it from the folder that save_pretrained wrote."
         )
     joined = plan if before is None else before.then(plan)
-    widths = pruned_widths(model) | plan.widths()
+    saving.check_adoptable(model)
+    widths = pruned_widths(model) | {n: int(mask.sum()) for n, mask in plan.keep.items() if not mask.all()}
     with interrupt_deferred():
         shrink_(model, sites, plan.keep)
         model._genprune_plan = joined

@@ -67,6 +67,10 @@ class ScatteredLinear(nn.Linear):
         self.full_features = full_features
         self.register_buffer("index", index.to(device=device, dtype=torch.long))
 
+    def reset_parameters(self) -> None:
+        if self.weight.numel():  # torch warns where there is nothing to fill
+            super().reset_parameters()
+
     def forward(self, input: Tensor) -> Tensor:
         narrow = super().forward(input)  # (..., out_features)
         wide = narrow.new_zeros(*narrow.shape[:-1], self.full_features)

@@ -54,11 +54,15 @@ class Slice:
 
 @dataclass(frozen=True)
 class SizeAttribute:
-    """A plain number on a module that follows the kept units: `value = per_unit * kept`."""
+    """A plain number on a module that follows the kept units: `value = per_unit * kept`.
+
+    With `item` the attribute is a list of numbers, of which one follows (the widths of a packed layer).
+    """
 
     module: str
     name: str
     per_unit: int = 1
+    item: int | None = None
 
 
 @dataclass(frozen=True)
@@ -78,8 +82,9 @@ class Site:
         kind: one of `KINDS`.
         size: number of units.
         gates: where a gate of shape `(size,)` acts.
-        slices, attributes: how the layers shrink while at least one unit stays.
-        emptied: what replaces modules when no unit stays. Empty: the layers shrink to width zero.
+        slices, attributes: how the layers shrink.
+        emptied: what replaces modules when no unit stays; slices and attributes outside of those modules shrink to
+            width zero, as all do where nothing is replaced.
         parent: name of the smallest site that contains this one; gone with it.
         attention: path of the module whose attention matmuls scale with the units (heads only).
     """
@@ -98,17 +103,25 @@ class Site:
     def name(self) -> str:
         return f"{self.path}:{self.kind}"
 
+    def shrinks(self, module: str, kept: int) -> bool:
+        """Whether a layer or number at this module path follows `kept` units: not where a replacement stands then."""
+        return kept > 0 or not any(f"{module}.".startswith(f"{change.module}.") for change in self.emptied)
+
 
 @dataclass(frozen=True)
 class Sites(Mapping):
-    """The sites of one model by name, in module order. Prints as a table; `sites.match("*attn2:heads")` selects."""
+    """The sites of one model by name, in module order. Prints as a table; `sites.match("*attn2:heads")` selects.
+
+    `refused` says of what looks like a site, but cannot be cut exactly, why: site name -> reason.
+    """
 
     host: str
     by_name: dict[str, Site] = field(repr=False)
+    refused: Mapping[str, str] = field(default_factory=dict, repr=False)
 
     @classmethod
-    def of(cls, host: str, sites: Iterable[Site]) -> Sites:
-        return cls(host, {site.name: site for site in sites})
+    def of(cls, host: str, sites: Iterable[Site], refused: Mapping[str, str] | None = None) -> Sites:
+        return cls(host, {site.name: site for site in sites}, dict(refused or {}))
 
     def __getitem__(self, name: str) -> Site:
         try:
@@ -136,7 +149,7 @@ class Sites(Mapping):
                 raise NoMatchingSites(
                     f"no site of kind '{kind}' in {self.host}; it has {', '.join(self.kinds())}. Pass one of those."
                 )
-        return Sites.of(self.host, (site for site in self.values() if site.kind in kinds))
+        return Sites.of(self.host, (site for site in self.values() if site.kind in kinds), self.refused)
 
     def match(self, *patterns: str) -> Sites:
         """The sites whose name fits a shell-style pattern. Raises `NoMatchingSites` for a pattern that fits none."""
@@ -146,7 +159,7 @@ class Sites(Mapping):
             if not names:
                 raise NoMatchingSites(self._no_match(pattern))
             chosen |= {n: self.by_name[n] for n in names}
-        return Sites.of(self.host, (site for name, site in self.items() if name in chosen))
+        return Sites.of(self.host, (site for name, site in self.items() if name in chosen), self.refused)
 
     def ancestors(self, name: str) -> list[str]:
         """Names of the sites that contain this one, nearest first."""
@@ -157,6 +170,8 @@ class Sites(Mapping):
         return found
 
     def _no_match(self, name: str) -> str:
+        if name in self.refused:
+            return f"'{name}' cannot be cut: {self.refused[name]}. Pass another site of gp.find_sites(model)."
         return (
             f"no site matches '{name}' in {self.host} ({len(self)} sites{nearest(name, self)}). "
             "List them with gp.find_sites(model) or `genprune inspect`, then pass one of those names."
@@ -167,7 +182,18 @@ class Sites(Mapping):
         for kind in self.kinds():
             members = [site for site in self.values() if site.kind == kind]
             lines.append(f"  {kind:<10} {len(members):>5} sites {sum(s.size for s in members):>9,} units")
+        lines += [f"  refused    {name}: {reason}" for name, reason in self.refused.items()]
         return "\n".join(lines)
+
+
+def effective_keep(sites: Sites, keep: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The masks that change something: all-True masks and sites inside a removed site are left out."""
+    gone = {name for name, mask in keep.items() if not mask.any()}
+    return {
+        name: mask
+        for name, mask in keep.items()
+        if not mask.all() and not any(parent in gone for parent in sites.ancestors(name))
+    }
 
 
 def kept_entries(mask: Tensor, slices: Iterable[tuple[Slice, Tensor]]) -> Tensor:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from genprune.errors import UnsupportedModel
 from genprune.sites import Site, Sites
@@ -27,6 +28,42 @@ class OperatingPoint:
     width: int
     text_length: int = 0
     batch: int = 1
+
+
+@dataclass(frozen=True)
+class StockExport:
+    """A plan said by a stock configuration: it loads where genprune is not installed.
+
+    Args:
+        config: the stock configuration, as `Family.build` takes it.
+        rename: old state-dict prefix -> new prefix, or None where the tensors go. Prefixes end with a dot; a key
+            that none of them begins keeps its name.
+    """
+
+    config: dict[str, Any]
+    rename: dict[str, str | None]
+
+    def renamed(self, key: str) -> str | None:
+        """The name of a state-dict entry in the exported model, or None where it goes."""
+        for old, new in self.rename.items():
+            if key.startswith(old):
+                return None if new is None else new + key[len(old) :]
+        return key
+
+
+def renumbered(path: str, gone: Sequence[bool]) -> dict[str, str | None]:
+    """`StockExport.rename` for a list of modules of which some went.
+
+    Args:
+        path: the list's module path, such as `transformer_blocks`.
+        gone: for each module of the list, whether it went.
+    """
+    rename, left = {}, 0
+    for index, is_gone in enumerate(gone):
+        if is_gone or left != index:
+            rename[f"{path}.{index}."] = None if is_gone else f"{path}.{left}."
+        left += not is_gone
+    return rename
 
 
 @dataclass(frozen=True)
@@ -64,8 +101,19 @@ class Family:
         """The dense configuration as plain JSON data, without genprune's own key: what plans are matched by."""
         raise NotImplementedError
 
-    def stock_config(self, model: nn.Module, plan) -> dict[str, Any] | None:
-        """The stock configuration that says the same as `plan`, with `renames`, or None where there is none."""
+    def refused(self, model: nn.Module) -> dict[str, str]:
+        """What looks like a site, but cannot be cut exactly: site name -> reason (layer and cause)."""
+        return {}
+
+    def stock_config(self, model: nn.Module, sites: Sites, keep: Mapping[str, Tensor]) -> StockExport | None:
+        """The stock configuration that says the same as the masks, or None where there is none.
+
+        Args:
+            model: the dense model, or the one that was cut by these masks; only its configuration and the lengths of
+                its module lists are read.
+            sites: the sites of the dense model.
+            keep: site name -> kept units of the dense model, as in `PruningPlan.keep`.
+        """
         return None
 
 
@@ -142,8 +190,18 @@ def find_sites(target: Any, kinds: tuple[str, ...] | None = None) -> Sites:
         `Sites`: a mapping from site name to `Site`, in module order.
 
     Raises:
-        UnsupportedModel: no family knows the class. NoMatchingSites: no site is left.
+        UnsupportedModel: no family knows the class, or nothing of the model can be cut exactly. NoMatchingSites: it
+        has no site of these kinds.
     """
     model = denoiser(target)
-    found = Sites.of(type(model).__name__, family_of(model).sites(model))
+    family = family_of(model)
+    refused = family.refused(model)
+    # Sites that an earlier cut left without units are no sites any more.
+    found = Sites.of(type(model).__name__, (site for site in family.sites(model) if site.size), refused)
+    if refused and not found:
+        reasons = "; ".join(f"'{name}': {reason}" for name, reason in list(refused.items())[:3])
+        raise UnsupportedModel(
+            f"nothing of this {type(model).__name__} can be cut exactly ({reasons}). "
+            f"Pass a model whose blocks are known; supported hosts: {', '.join(supported())}."
+        )
     return found if kinds is None else found.of_kind(*kinds)

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from genprune.families import Family, OperatingPoint
-from genprune.families.attention import attention_heads, feed_forward_neurons
-from genprune.replacements import PassThrough, Tombstone, ZeroOutput
+from genprune.families.attention import attention_heads, feed_forward_neurons, residual_branch
+from genprune.replacements import PassThrough, Tombstone
 from genprune.sites import GatePoint, Replacement, Site, Slice
 
 
@@ -115,19 +115,10 @@ def basic_block_sites(path: str, block: nn.Module, parent: str | None) -> list[S
     plain_norm = block.norm_type == "layer_norm"
     for name, norm in (("attn1", "norm1"), ("attn2", "norm2"), ("ff", "norm3")):
         module = getattr(block, name)
-        if module is None:
+        if module is None or isinstance(module, Tombstone):
             continue
-        emptied = [Replacement(f"{path}.{name}", ZeroOutput.of)]
-        if plain_norm and getattr(block, norm) is not None:
-            emptied.append(Replacement(f"{path}.{norm}", PassThrough.of))
-        branch = Site(
-            path=f"{path}.{name}",
-            kind="branch",
-            size=1,
-            gates=(GatePoint(f"{path}.{name}", side="output", width=0),),
-            emptied=tuple(emptied),
-            parent=whole.name,
-        )
+        has_own_norm = plain_norm and getattr(block, norm) is not None
+        branch = residual_branch(f"{path}.{name}", whole.name, norm=f"{path}.{norm}" if has_own_norm else None)
         if name == "ff":
             sites += [site for site in (feed_forward_neurons(f"{path}.ff", module, branch.name),) if site]
         else:

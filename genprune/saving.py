@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
 from torch import nn
 
-from genprune.cutting import pruned_widths
-from genprune.errors import UnsupportedModel
-from genprune.families import family_of, host_name
-from genprune.widths import PRUNING_KEY, pruning_entry
+from genprune.cutting import applied_plan, pruned_widths
+from genprune.errors import PlanMismatch, UnsupportedModel
+from genprune.families import family_of, host_name, supported
+from genprune.files import whole_folder
+from genprune.gates import gated_sites
+from genprune.plan import PLAN_FILE, PruningPlan
+from genprune.widths import PRUNING_KEY, apply_widths_, check_same_widths, pruning_entry, read_widths
+
+_CONFIG = "config.json"
+_ARGUMENTS = "genprune_model_args"  # what timm.create_model was given, in a timm model's config.json
 
 
 def check_adoptable(model: nn.Module) -> None:
@@ -42,3 +54,161 @@ def adopt_(model: nn.Module) -> None:
     check_adoptable(model)
     model.__class__ = PRUNED.get(type(model), type(model))
     model.register_to_config(**{PRUNING_KEY: pruning_entry(widths)})
+
+
+# ---- bare models of either host, by folder --------------------------------------------------------------------------
+
+
+def save_model(model: nn.Module, folder: str | os.PathLike) -> Path:
+    """Write a dense or pruned model to a folder that `load_model` reads: JSON and safetensors, in its host's format.
+
+    The folder appears whole or not at all; what was there before is replaced only at the end.
+
+    Args:
+        model: a supported model of diffusers or timm, without gates.
+        folder: where to; made where it is missing.
+
+    Returns:
+        The folder's path.
+
+    Raises:
+        UnsupportedModel: no family knows the model, or timm cannot build it again from a file.
+        PlanMismatch: gates are attached, or `folder` is a file or holds something else than a saved model.
+    """
+    family, folder = family_of(model), Path(folder)
+    if gated := gated_sites(model):
+        raise PlanMismatch(
+            f"gates are attached to {len(gated)} sites ('{gated[0]}', ...); a saved folder would hold the uncut "
+            "weights without them. Call handle.remove() and gp.cut(model, plan) first, then save."
+        )
+    _check_replaceable(folder)
+    with whole_folder(folder) as temporary:
+        if family.library == "diffusers":
+            model.save_pretrained(temporary)
+        else:
+            _save_timm(model, temporary)
+    return folder
+
+
+def _check_replaceable(folder: Path) -> None:
+    """A folder that is replaced as a whole must be a saved model, or empty: no one's other files go with it."""
+    if folder.is_dir() and (not any(folder.iterdir()) or (folder / _CONFIG).is_file()):
+        return
+    if folder.exists():
+        found = "a folder with other files" if folder.is_dir() else "a file"
+        raise PlanMismatch(f"'{folder}' is {found}; expected a new folder or one of a saved model. Pass another path.")
+
+
+def _save_timm(model: nn.Module, folder: Path) -> None:
+    import timm
+
+    if not (getattr(model, "pretrained_cfg", None) or {}).get("architecture"):
+        raise UnsupportedModel(
+            f"this {type(model).__name__} names no timm architecture, because it was built from its class; expected a "
+            "model of timm.create_model. Build it with timm.create_model(name, ...)."
+        )
+    widths = pruned_widths(model)
+    entries: dict[str, Any] = {_ARGUMENTS: family_of(model).config(model)["model_args"]}
+    if widths:
+        entries[PRUNING_KEY] = pruning_entry(widths)
+    try:
+        timm.models.save_for_hf(model, str(folder), model_config=entries, safe_serialization=True)
+    except ValueError as error:
+        raise UnsupportedModel(f"timm cannot describe this {type(model).__name__} in a file: {error}") from error
+    if (plan := applied_plan(model)) is not None:
+        plan.save(folder / PLAN_FILE)
+
+
+def load_model(
+    folder: str | os.PathLike, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
+) -> nn.Module:
+    """A model from a folder that `save_model` or its host wrote, dense or pruned, in evaluation mode.
+
+    Args:
+        folder: a diffusers model's folder (not a pipeline's) or a timm model's.
+        device: where it is put.
+        dtype: of its floating-point weights; default float32, as in both hosts.
+
+    Raises:
+        PlanMismatch: the folder is missing, half-written, damaged or hand-edited, or a newer genprune wrote it.
+        UnsupportedModel: it holds a model that genprune does not know.
+    """
+    folder = Path(folder)
+    config = read_config(folder)
+    if "architecture" in config:
+        return _load_timm(folder, config).to(device=device, dtype=dtype or torch.float32)
+    cls = model_class(config, folder)
+    return cls.from_pretrained(folder, torch_dtype=dtype or torch.float32).to(device)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The `config.json` of a model's folder. Raises `PlanMismatch`, naming a pipeline's folder where it is one."""
+    path = folder / _CONFIG
+    if not path.is_file():
+        if (folder / "model_index.json").is_file():
+            raise PlanMismatch(
+                f"'{folder}' holds a whole pipeline; expected the folder of one model. Pass its `unet` or "
+                "`transformer` folder, or load it with gp.load_pipeline(folder)."
+            )
+        found = "has no config.json" if folder.is_dir() else "is no folder"
+        raise PlanMismatch(f"'{folder}' {found}; expected a saved model. Pass a folder that gp.save_model wrote.")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
+        raise PlanMismatch(f"'{path}' is not whole JSON ({error}). Save the model again, or restore the file.") from None
+    if not isinstance(config, dict) or not {"architecture", "_class_name"} & config.keys():
+        raise PlanMismatch(
+            f"'{path}' names neither a `_class_name` (diffusers) nor an `architecture` (timm). "
+            "Save the model again, or restore the file."
+        )
+    return config
+
+
+def model_class(config: dict[str, Any], folder: str | os.PathLike) -> type:
+    """The diffusers class, or genprune's Pruned class, that a model's `config.json` names."""
+    import diffusers
+
+    from genprune import pruned_models
+
+    name = config["_class_name"]
+    library = pruned_models if name.startswith("Pruned") else diffusers
+    if not isinstance(cls := getattr(library, name, None), type):
+        raise UnsupportedModel(
+            f"'{folder}' holds a {name}, which is not in {library.__name__.split('.')[0]}; supported: "
+            f"{', '.join(supported())}. Upgrade the library, or pass another model."
+        )
+    return cls
+
+
+def _load_timm(folder: Path, config: dict[str, Any]) -> nn.Module:
+    import timm
+    from accelerate import init_empty_weights
+
+    widths = read_widths(config[PRUNING_KEY], str(folder)) if PRUNING_KEY in config else {}
+    with init_empty_weights():  # parameters on the meta device, buffers that no file holds on the CPU
+        model = timm.create_model(f"local-dir:{folder}", pretrained=False)
+    # timm adds defaults to the arguments that it was given; plans are matched by the given ones.
+    model._model_args = config.get(_ARGUMENTS, model._model_args)
+    if widths:
+        apply_widths_(model, widths)
+    _load_strictly_(model, folder / "model.safetensors")
+    if (folder / PLAN_FILE).is_file():
+        plan = PruningPlan.load(folder / PLAN_FILE)
+        check_same_widths(plan, widths, folder / PLAN_FILE)
+        model._genprune_plan = plan
+    return model.eval()
+
+
+def _load_strictly_(model: nn.Module, path: Path) -> None:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    if not path.is_file():
+        raise PlanMismatch(f"'{path}' is missing: the folder is half-written. Save the model again with gp.save_model.")
+    try:
+        model.load_state_dict(load_file(path), strict=True, assign=True)
+    except (SafetensorError, RuntimeError) as error:
+        raise PlanMismatch(
+            f"'{path}' does not hold the weights that the config beside it describes: {error} "
+            "The folder is half-written or mixed from two models; save the model again with gp.save_model."
+        ) from error

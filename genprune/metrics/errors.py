@@ -16,12 +16,13 @@ class MissingWeights(GenpruneError):
     """An extractor's weights are not on this machine and could not be fetched, or cannot be read safely."""
 
 
-def need(module: str, package: str | None = None) -> ModuleType:
+def need(module: str, package: str | None = None, install: str = "genprune[bench]") -> ModuleType:
     """Import an optional package, or raise `ModuleNotFoundError` with the command that installs it.
 
     Args:
         module: what is imported, e.g. `open_clip`.
         package: its name on PyPI where that differs, e.g. `open-clip-torch`.
+        install: what `pip install` is to be given.
     """
     try:
         return importlib.import_module(module)
@@ -29,7 +30,7 @@ def need(module: str, package: str | None = None) -> ModuleType:
         if error.name != module.split(".")[0]:
             raise
         raise ModuleNotFoundError(
-            f"genprune.metrics needs the package '{package or module}', which is not installed. "
-            "Install it with: pip install genprune[bench]",
+            f"the package '{package or module}' is needed here and is not installed. "
+            f"Install it with: pip install {install}",
             name=error.name,
         ) from error

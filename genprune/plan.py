@@ -238,7 +238,13 @@ class PruningPlan:
         for quantity, unit in (("params", ""), ("macs", ""), ("latency_ms", " ms")):
             if quantity in self.figures and f"dense_{quantity}" in self.figures:
                 kept, dense = self.figures[quantity], self.figures[f"dense_{quantity}"]
-                lines.append(f"  {quantity:<10} {kept:,.6g}{unit} of {dense:,.6g}{unit} ({kept / dense:.1%})")
+                device = f" on {self.made_by.get('latency_device', 'an unnamed device')}" if unit else ""
+                lines.append(f"  {quantity:<10} {kept:,.6g}{unit} of {dense:,.6g}{unit} ({kept / dense:.1%}){device}")
+            elif quantity == "latency_ms" and self.figures:
+                lines.append("  latency    not measured (make_plan(..., measure_latency=True) measures it)")
+        if "budget" in self.made_by:
+            budget = self.made_by["budget"]
+            lines.append(f"  asked for keep={budget['keep']:g} of {budget['of']}, reached {budget['reached']:.4f}")
         return "\n".join(lines)
 
 

@@ -1,0 +1,17 @@
+"""Allocation: scores, costs and a budget become the units that stay. One file an allocation, registered by name.
+
+Every allocation is a removal *order* of legal steps; `fit` walks it until the budget is met. Because the order does
+not depend on the budget, plans for a smaller budget contain those for a larger one.
+"""
+
+from __future__ import annotations
+
+from genprune.allocation.fit import fit
+from genprune.allocation.global_ import global_order
+from genprune.allocation.request import Request, default_kinds
+from genprune.allocation.uniform import uniform_order
+
+# Name -> order: (steps, additive) -> sort key of each step, ascending = goes first.
+ALLOCATIONS = {"global": global_order, "uniform": uniform_order}
+
+__all__ = ["ALLOCATIONS", "Request", "default_kinds", "fit"]

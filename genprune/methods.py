@@ -1,0 +1,331 @@
+"""The named methods, and the verbs that run them: `score` and `make_plan`."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from genprune.allocation import ALLOCATIONS
+from genprune.allocation.request import check_budget, check_kinds
+from genprune.costs import dense_costs, site_costs
+from genprune.costs import operating_point as operating_point_of
+from genprune.criteria import checked_scores, criterion_named
+from genprune.cutting import plan_base
+from genprune.errors import GenpruneError, nearest
+from genprune.families import OperatingPoint, denoiser, family_of, find_sites
+from genprune.plan import PruningPlan
+from genprune.scores import Scores
+
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Method:
+    """What every method has: a budget, constraints and a seed. Use a subclass.
+
+    Args:
+        keep: share of the whole dense denoiser that stays, in (0, 1].
+        of: what `keep` is a share of: `params`, `macs`, or `units` (each kind keeps that share of its units).
+        kinds: kinds of sites that may lose units; None: every kind that narrows layers (heads, neurons, channels,
+            modulation). `branch`, `block` and `wrapper` remove whole modules and have to be asked for.
+        allocation: `global` (one ranking, score per cost) or `uniform` (the same share in every site).
+        min_keep: share of its units that a site of several units keeps at least, in [0, 1]; always at least one.
+        round_to: neurons stay in multiples of this, >= 1.
+        max_width_classes: at most this many combinations of widths among blocks of one class; None: any number.
+        protect: shell-style patterns of site names that stay whole.
+        seed: of every random draw.
+    """
+
+    keep: float = 0.8
+    of: str = "params"
+    kinds: tuple[str, ...] | None = None
+    allocation: str = "global"
+    min_keep: float = 0.05
+    round_to: int = 1
+    max_width_classes: int | None = None
+    protect: tuple[str, ...] = ()
+    seed: int = 0
+
+    name: ClassVar[str] = ""
+
+    def __post_init__(self) -> None:
+        for field in ("kinds", "protect"):
+            value = getattr(self, field)
+            if value is not None:
+                object.__setattr__(self, field, (value,) if isinstance(value, str) else tuple(value))
+        check_budget(self.keep, self.of)
+        check_kinds(self.kinds or ())
+        if self.allocation not in ALLOCATIONS:
+            raise GenpruneError(
+                f"allocation={self.allocation!r}{nearest(str(self.allocation), ALLOCATIONS)}; expected one of "
+                f"{', '.join(ALLOCATIONS)}."
+            )
+        _check_range("min_keep", self.min_keep, 0, 1)
+        _check_whole("round_to", self.round_to, 1)
+        _check_whole("seed", self.seed, 0)
+        if self.max_width_classes is not None:
+            _check_whole("max_width_classes", self.max_width_classes, 1)
+
+    def criterion(self):
+        """The criterion that scores for this method."""
+        return criterion_named(self.name)()
+
+    def calibration(self, target, prompts, data, loss_fn, progress: bool):
+        """What the criterion is calibrated on; None where it reads weights only."""
+        return None
+
+    def changed(self, **changes: Any) -> Method:
+        """A copy with other values. Raises `GenpruneError` for an unknown name or a value out of range."""
+        known = [field.name for field in dataclasses.fields(self)]
+        for name in changes:
+            if name not in known:
+                raise GenpruneError(
+                    f"{type(self).__name__} has no '{name}'{nearest(name, known)}; expected {', '.join(known)}."
+                )
+        return dataclasses.replace(self, **changes)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON data; `method_from_json` reads it."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        values = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+        return {"format_version": FORMAT_VERSION, "method": self.name, **values}
+
+
+@dataclass(frozen=True)
+class Random(Method):
+    """Random units under the budget; the baseline that every method has to beat."""
+
+    name: ClassVar[str] = "random"
+
+    def criterion(self):
+        return criterion_named(self.name)(seed=self.seed)
+
+
+@dataclass(frozen=True)
+class Magnitude(Method):
+    """Units of small weights go, each layer relative to itself; needs no data."""
+
+    name: ClassVar[str] = "magnitude"
+
+
+_METHODS: dict[str, type[Method]] = {cls.name: cls for cls in (Random, Magnitude)}
+
+
+@dataclass(frozen=True)
+class MethodCard:
+    """One line of `genprune methods`."""
+
+    name: str
+    needs: tuple[str, ...]
+    summary: str
+
+
+def methods() -> tuple[MethodCard, ...]:
+    """The methods by name: what each needs, and one line about it."""
+    cards = []
+    for name in _METHODS:
+        criterion = criterion_named(name)
+        cards.append(MethodCard(name, criterion.needs, criterion.summary))
+    return tuple(cards)
+
+
+def method_named(name: str, **settings: Any) -> Method:
+    """A method by its name, with settings. Raises `GenpruneError` for an unknown name or setting."""
+    if name not in _METHODS:
+        raise GenpruneError(f"no method '{name}'{nearest(name, _METHODS)}; expected one of {', '.join(_METHODS)}.")
+    return _METHODS[name]().changed(**settings)
+
+
+def method_from_json(data: str | Mapping[str, Any]) -> Method:
+    """Read what `Method.to_json` gave, as a dictionary or as text.
+
+    Raises:
+        GenpruneError: no JSON object, an unknown method or key, a newer format, or a value out of range.
+    """
+    try:
+        data = dict(json.loads(data) if isinstance(data, str) else data)
+        name, version = data.pop("method"), int(data.pop("format_version"))
+    except (TypeError, ValueError, KeyError) as error:
+        raise GenpruneError(
+            f"this is no method in JSON ({error}); expected an object with 'method' and 'format_version', as "
+            "method.to_json() gives."
+        ) from None
+    if version > FORMAT_VERSION:
+        raise GenpruneError(
+            f"the method has format {version}, this genprune reads up to {FORMAT_VERSION}. Upgrade with "
+            "`pip install -U genprune`."
+        )
+    return method_named(name, **data)
+
+
+def _check_range(name: str, value: Any, low: float, high: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
+        raise GenpruneError(f"{name}={value!r}; expected a number from {low} to {high}.")
+
+
+def _check_whole(name: str, value: Any, low: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < low:
+        raise GenpruneError(f"{name}={value!r}; expected a whole number of at least {low}.")
+
+
+# ---- the verbs ------------------------------------------------------------------------------------------------------
+
+
+def score(
+    target,
+    method: Method,
+    *,
+    prompts: Sequence[str] | None = None,
+    data: Any = None,
+    loss_fn: Callable[..., torch.Tensor] | None = None,
+    operating_point: OperatingPoint | Mapping[str, int] | None = None,
+    seed: int | None = None,
+    progress: bool = True,
+) -> Scores:
+    """The importance of every unit of a model; one run serves plans for every budget. The target is not changed.
+
+    Args:
+        target: a diffusers pipeline, or a supported model.
+        method: which method, and the default budget and constraints of `Scores.plan`.
+        prompts: calibration prompts, for methods that need gradients on a text-to-image pipeline.
+        data: what else to calibrate on; see `Taylor`.
+        loss_fn: `loss_fn(model, batch) -> scalar`, for a bare model with a loss of its own.
+        operating_point: where MACs are counted, whole or some fields. Default: the family's.
+        seed: replaces `method.seed`.
+        progress: show a progress bar.
+
+    Returns:
+        `Scores` of all kinds of sites, or of `method.kinds` where the method names some.
+
+    Raises:
+        UnsupportedModel: no family knows the model. BadCalibrationData: prompts or data are missing, empty or of the
+        wrong shape. NoMatchingSites: the model has no site of a kind. GenpruneError: a score is not finite.
+    """
+    if not isinstance(method, Method):
+        raise GenpruneError(
+            f"method is {method!r}; expected one such as gp.Magnitude(keep=0.8). See genprune.methods.methods()."
+        )
+    if seed is not None:
+        method = method.changed(seed=seed)
+    model = denoiser(target)
+    sites = find_sites(model)
+    chosen = sites.of_kind(*method.kinds) if method.kinds else sites
+    if method.protect:
+        sites.match(*method.protect)  # a pattern that matches nothing is refused before any work
+    point = _point(model, operating_point)
+    criterion = method.criterion()
+    with untouched(model):
+        calibration = method.calibration(target, prompts, data, loss_fn, progress)
+        values = checked_scores(criterion.scores(model, chosen, calibration), chosen, criterion.name)
+    made_by = {"method": method.name, "settings": method.to_json(), "seed": method.seed}
+    if prompts is not None:
+        text = json.dumps(list(prompts))
+        made_by |= {"prompts": len(prompts), "prompts_sha256": hashlib.sha256(text.encode()).hexdigest()}
+    return Scores(
+        values=values,
+        method=method,
+        base=plan_base(model),
+        costs=site_costs(model, point, sites),
+        dense=dense_costs(model, **dataclasses.asdict(point)),
+        made_by=made_by,
+    )
+
+
+def make_plan(
+    target,
+    method: Method,
+    *,
+    prompts: Sequence[str] | None = None,
+    data: Any = None,
+    loss_fn: Callable[..., torch.Tensor] | None = None,
+    operating_point: OperatingPoint | Mapping[str, int] | None = None,
+    seed: int | None = None,
+    progress: bool = True,
+    measure_latency: bool = False,
+) -> PruningPlan:
+    """Decide what stays under the method's budget. The target is not changed; `gp.cut(target, plan)` does that.
+
+    Args:
+        measure_latency: also cut a copy, and time it in turns with the dense model on the device that the model is
+            on. Needs memory for a second model.
+        The others: as in `score`.
+
+    Returns:
+        A `PruningPlan` with params and MACs of dense and pruned, and with latency where it was measured.
+
+    Raises:
+        BudgetUnreachable: with a table of what is reachable. Others: as in `score`.
+    """
+    scores = score(
+        target,
+        method,
+        prompts=prompts,
+        data=data,
+        loss_fn=loss_fn,
+        operating_point=operating_point,
+        seed=seed,
+        progress=progress,
+    )
+    plan = scores.plan()
+    return with_latency(denoiser(target), plan) if measure_latency else plan
+
+
+def with_latency(target, plan: PruningPlan, rounds: int = 10) -> PruningPlan:
+    """The plan with measured latency: a cut copy and the model itself, one call each in turns.
+
+    Args:
+        target: the model, or the pipeline, that the plan is for; on the device to time.
+        plan: its operating point is the input.
+        rounds: timed calls of each.
+
+    Returns:
+        The plan with `dense_latency_ms` and `latency_ms` (medians) in `figures`, and the device in `made_by`.
+    """
+    from genprune.cutting import cut
+    from genprune.metrics.latency import compare_latency
+
+    model = denoiser(target)
+    point = OperatingPoint(**plan.operating_point)
+    parameter = next(model.parameters())
+    inputs = family_of(model).example_inputs(model, point, parameter.device, parameter.dtype)
+    with untouched(model), torch.inference_mode():
+        small = cut(copy.deepcopy(model), plan)
+        calls = {"dense": lambda: model(**inputs), "pruned": lambda: small(**inputs)}
+        timed = compare_latency(calls, "dense", device=parameter.device, rounds=rounds)
+    latency = {"dense_latency_ms": timed.median_ms["dense"], "latency_ms": timed.median_ms["pruned"]}
+    return dataclasses.replace(
+        plan,
+        figures={**plan.figures, **latency},
+        made_by={**plan.made_by, "latency_device": timed.device, "latency_threads": timed.threads},
+    )
+
+
+def _point(model: nn.Module, given: OperatingPoint | Mapping[str, int] | None) -> OperatingPoint:
+    if isinstance(given, OperatingPoint):
+        given = dataclasses.asdict(given)
+    return operating_point_of(model, **(given or {}))
+
+
+@contextmanager
+def untouched(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode with frozen parameters inside; modes and `requires_grad` as they were afterwards."""
+    modes = {module: module.training for module in model.modules()}
+    frozen = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        model.eval()
+        model.requires_grad_(False)
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+        for parameter, flag in frozen:
+            parameter.requires_grad_(flag)

@@ -16,8 +16,10 @@ class Tombstone(nn.Module):
     def bury(self, removed: nn.Module, keep: tuple[str, ...] = ()) -> None:
         """Add a tombstone for each tensor of `removed`, but for sub-modules named in `keep`."""
         tensors = [*removed.named_parameters(remove_duplicate=False), *removed.named_buffers(remove_duplicate=False)]
+        own = {f"{n}.index".lstrip(".") for n, m in removed.named_modules() if isinstance(m, ScatteredLinear)}
         for name, tensor in tensors:
-            if not any(name == kept or name.startswith(f"{kept}.") for kept in keep):
+            # An index of ours is in no stock layer: cutting twice leaves the same names as cutting once.
+            if name not in own and not any(name == kept or name.startswith(f"{kept}.") for kept in keep):
                 self._place(name.split("."), tensor)
 
     def _place(self, path: list[str], tensor: Tensor) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import re
 from collections.abc import Mapping
@@ -159,27 +160,36 @@ def block_sites(path: str, block: nn.Module) -> tuple[list[Site], dict[str, str]
 
 
 def _as_json(value: Any) -> Any:
-    """A constructor argument as JSON: a class of timm or torch by its import path, anything else unnamed by `repr`."""
-    if isinstance(value, type):
+    """A constructor argument as JSON: classes and functions by import path, anything without a name by its type."""
+    if isinstance(value, functools.partial):
+        return {"partial": _as_json(value.func), "keywords": _as_json(value.keywords)}
+    if callable(value) and hasattr(value, "__qualname__"):
         return f"{value.__module__}:{value.__qualname__}"
     if isinstance(value, (list, tuple)):
         return [_as_json(item) for item in value]
     if isinstance(value, dict):
         return {str(key): _as_json(item) for key, item in value.items()}
-    return value if value is None or isinstance(value, (bool, int, float, str)) else repr(value)
+    # No `repr`: it may hold an address, which differs from run to run.
+    plain = value is None or isinstance(value, (bool, int, float, str))
+    return value if plain else f"<{type(value).__name__}>"
 
 
 def _from_json(name: str, value: Any) -> Any:
     if isinstance(value, list):
-        return tuple(value)
+        return tuple(_from_json(name, item) for item in value)
+    if isinstance(value, dict):
+        value = {key: _from_json(name, item) for key, item in value.items()}
+        return functools.partial(value["partial"], **value["keywords"]) if "partial" in value else value
     if not isinstance(value, str):
         return value
     if found := re.fullmatch(r"((?:timm|torch\.nn)[\w.]*):(\w+)", value):
-        return getattr(importlib.import_module(found[1]), found[2])
-    if value.startswith(("<", "functools.")):
+        layer = getattr(importlib.import_module(found[1]), found[2], None)
+        if isinstance(layer, type) and issubclass(layer, nn.Module):  # the file may come from anybody
+            return layer
+    if value.startswith("<") or ":" in value:
         raise UnsupportedModel(
-            f"the model was built with {name}={value}, which no file can hold; expected a name, a number, or a class "
-            "of timm or torch. Build it with timm.create_model and such arguments."
+            f"the model was built with {name}={value}, which genprune does not import; expected a name, a number, or "
+            "a class of timm or torch.nn. Build it with timm.create_model and such arguments."
         )
     return value
 
@@ -234,6 +244,11 @@ class ViTFamily(Family):
             )
         import timm
 
+        if loading := {"checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay"} & config["model_args"].keys():
+            raise UnsupportedModel(
+                f"the configuration's model_args hold {sorted(loading)}; expected arguments of the architecture only, "
+                "because a configuration loads no weights. Remove them from the file."
+            )
         arguments = {key: _from_json(key, value) for key, value in config["model_args"].items()}
         return timm.create_model(config["architecture"], pretrained=False, **arguments)
 

@@ -155,7 +155,9 @@ def read_config(folder: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
-        raise PlanMismatch(f"'{path}' is not whole JSON ({error}). Save the model again, or restore the file.") from None
+        raise PlanMismatch(
+            f"'{path}' is not whole JSON ({error}). Save the model again, or restore the file."
+        ) from None
     if not isinstance(config, dict) or not {"architecture", "_class_name"} & config.keys():
         raise PlanMismatch(
             f"'{path}' names neither a `_class_name` (diffusers) nor an `architecture` (timm). "
@@ -204,7 +206,9 @@ def _load_strictly_(model: nn.Module, path: Path) -> None:
     from safetensors.torch import load_file
 
     if not path.is_file():
-        raise PlanMismatch(f"'{path}' is missing: the folder is half-written. Save the model again with gp.save_model.")
+        raise PlanMismatch(
+            f"'{path}' is missing: the folder is half-written. Save the model again with gp.save_model."
+        )
     try:
         model.load_state_dict(load_file(path), strict=True, assign=True)
     except (SafetensorError, RuntimeError) as error:

@@ -124,7 +124,7 @@ def metric_tables(result: dict) -> list[Table]:
 def _metric_table(metric: str, rows: list[dict], reference: str) -> Table:
     columns = ["candidate", "value"]
     intervals, differences = any(row["interval"] for row in rows), any(row["difference"] for row in rows)
-    columns += ["95 % interval"] * intervals + [f"difference to {reference}, 95 % interval"] * differences
+    columns += ["95 % interval"] * intervals + [f"minus {reference}"] * differences
     cells = []
     for row in rows:
         name = f"(control) {row['candidate']}" if row["candidate"] in CONTROLS else row["candidate"]
@@ -135,6 +135,8 @@ def _metric_table(metric: str, rows: list[dict], reference: str) -> Table:
         ] * differences
         cells.append(cell)
     note = "Higher is better." if rows[0]["higher_is_better"] else "Lower is better."
+    if differences:
+        note += f" 'minus {reference}' is the mean difference over the same prompts and seeds, with its 95 % interval."
     floor = rows[0]["floor"]
     if floor:
         note += (
@@ -149,15 +151,14 @@ def _range(interval: dict | None) -> str | None:
 
 
 def _details(result: dict) -> dict:
-    sampling = dict(result["sampling"])
     device = result["device"]
-    return {
+    details = {
         "command": result["command"],
         "commit": result["commit"],
         "device": f"{device['name']}, {device['threads']} threads, {device['processes']} processes",
         "data": {name: value for name, value in result["data"].items() if value is not None},
         "sampler": ", ".join(sorted({entry["sampler"] for entry in result["candidates"]})),
-        "sampling": sampling,
+        "sampling": result["sampling"],
         "extractors": "; ".join(
             f"{card['name']} ({card['weights_hash'][:19]}..., {card['resize']} to {card['image_size']} px)"
             for card in result["extractors"]
@@ -166,3 +167,4 @@ def _details(result: dict) -> dict:
         "plan hashes": {entry["name"]: entry["plan_hash"] for entry in result["candidates"] if entry["plan_hash"]},
         "versions": result["versions"],
     }
+    return {name: value for name, value in details.items() if value}

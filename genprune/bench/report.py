@@ -26,7 +26,7 @@ from genprune.bench.style import STYLE
 from genprune.files import whole_file
 from genprune.metrics.errors import BadImages
 
-Picture = "PIL.Image.Image | str | os.PathLike"
+MISSING = "–"  # what a cell without a value shows
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class BarChart:
 
 @dataclass(frozen=True)
 class Table:
-    """A table; numbers in cells are right-aligned, so are strings that begin with a digit or sign.
+    """A table; columns of numbers are right-aligned (strings that begin with a digit, sign or `[` count as numbers).
 
     Attributes:
         title: heading.
@@ -164,7 +164,8 @@ def _pictures(grid: PictureGrid) -> str:
         )
         cards.append(f'<article><h3>{escape(prompt)}</h3><div class="row">{shown}</div></article>')
     body = "\n".join(cards)
-    return f'<section>{_heading(grid.title, grid.note)}<div class="cards">{body}</div></section>'
+    layout = "cards wide" if len(grid.columns) > 3 else "cards"  # many pictures a prompt: one prompt a line
+    return f'<section>{_heading(grid.title, grid.note)}<div class="{layout}">{body}</div></section>'
 
 
 def _data_uri(picture, max_side: int) -> str:
@@ -199,28 +200,33 @@ def _bars(chart: BarChart) -> str:
                 f'<span class="{kind}" style="width:{100 * value / top:.2f}%"></span></span>'
                 f'<span class="value">{text}</span>'
             )
-        groups.append(f'<h3>{escape(quantity)}</h3><div class="bars">{"".join(bars)}</div>')
-    return f"<section>{_heading(chart.title, chart.note)}{''.join(groups)}</section>"
+        groups.append(f"<h3>{escape(quantity)}</h3>{''.join(bars)}")
+    # one grid for all groups, so that all bars share one scale on the page as well
+    return f'<section>{_heading(chart.title, chart.note)}<div class="bars">{"".join(groups)}</div></section>'
 
 
 def _table(table: Table) -> str:
-    head = "".join(f"<th>{escape(column)}</th>" for column in table.columns)
-    body = "".join("<tr>" + "".join(_td(value) for value in row) + "</tr>" for row in table.rows)
+    texts = [[_cell(value) for value in row] for row in table.rows]
+    kinds = [' class="number"' if all(map(_is_number, column)) else "" for column in zip(*texts, strict=True)]
+    kinds = kinds or [""] * len(table.columns)  # no rows
+    head = "".join(f"<th{kind}>{escape(column)}</th>" for kind, column in zip(kinds, table.columns, strict=True))
+    body = "".join(
+        "<tr>" + "".join(f"<td{kind}>{escape(text)}</td>" for kind, text in zip(kinds, row, strict=True)) + "</tr>"
+        for row in texts
+    )
     return (
-        f"<section>{_heading(table.title, table.note)}<div class='scroll'><table><thead><tr>{head}</tr></thead>"
+        f"<section class='table'>{_heading(table.title, table.note)}<div class='scroll'><table><thead><tr>{head}</tr></thead>"
         f"<tbody>{body}</tbody></table></div></section>"
     )
 
 
-def _td(value: object) -> str:
-    text = _cell(value)
-    numeric = text[:1].isdigit() or (text[:1] in "+-−" and text[1:2].isdigit())
-    return f'<td class="number">{escape(text)}</td>' if numeric else f"<td>{escape(text)}</td>"
+def _is_number(text: str) -> bool:
+    return text == MISSING or text[:1].isdigit() or (text[:1] in "+-[" and text[1:2].isdigit())
 
 
 def _cell(value: object) -> str:
     if value is None:
-        return "–"
+        return MISSING
     if isinstance(value, float):
         return f"{value:.4g}"
     if isinstance(value, int) and not isinstance(value, bool):

@@ -215,8 +215,8 @@ def _table(table: Table) -> str:
         for row in texts
     )
     return (
-        f"<section class='table'>{_heading(table.title, table.note)}<div class='scroll'><table><thead><tr>{head}</tr></thead>"
-        f"<tbody>{body}</tbody></table></div></section>"
+        f"<section class='table'>{_heading(table.title, table.note)}<div class='scroll'><table>"
+        f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div></section>"
     )
 
 

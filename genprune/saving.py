@@ -34,8 +34,8 @@ def check_adoptable(model: nn.Module) -> None:
 
     if type(model) not in PRUNED and type(model) not in PRUNED.values():
         raise UnsupportedModel(
-            f"{type(model).__name__} is a subclass of {host_name(model)}; expected exactly {host_name(model)}, because "
-            "a pruned model is saved and loaded as that class. Build one with "
+            f"{type(model).__name__} is a subclass of {host_name(model)}; expected exactly that class, because a "
+            "pruned model is saved and loaded as it. Build one with "
             f"{host_name(model)}.from_config(model.config), load the weights into it, and cut that."
         )
 
@@ -81,7 +81,7 @@ def save_model(model: nn.Module, folder: str | os.PathLike) -> Path:
             f"gates are attached to {len(gated)} sites ('{gated[0]}', ...); a saved folder would hold the uncut "
             "weights without them. Call handle.remove() and gp.cut(model, plan) first, then save."
         )
-    _check_replaceable(folder)
+    check_replaceable(folder, _CONFIG)
     with whole_folder(folder) as temporary:
         if family.library == "diffusers":
             model.save_pretrained(temporary)
@@ -90,9 +90,9 @@ def save_model(model: nn.Module, folder: str | os.PathLike) -> Path:
     return folder
 
 
-def _check_replaceable(folder: Path) -> None:
-    """A folder that is replaced as a whole must be a saved model, or empty: no one's other files go with it."""
-    if folder.is_dir() and (not any(folder.iterdir()) or (folder / _CONFIG).is_file()):
+def check_replaceable(folder: Path, marker: str) -> None:
+    """A folder that is replaced as a whole must hold `marker`, or be empty: no one's other files go with it."""
+    if folder.is_dir() and (not any(folder.iterdir()) or (folder / marker).is_file()):
         return
     if folder.exists():
         found = "a folder with other files" if folder.is_dir() else "a file"

@@ -1,0 +1,209 @@
+"""The command line: `genprune demo | inspect | prune | bench | methods`. Thin over the library."""
+
+from __future__ import annotations
+
+import logging
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from genprune.errors import GenpruneError
+
+
+class _Group(TyperGroup):
+    """Commands whose expected errors are one message and exit code 2, never a traceback."""
+
+    def invoke(self, ctx) -> Any:
+        from genprune.console import print_error
+
+        try:
+            return super().invoke(ctx)
+        except (GenpruneError, ModuleNotFoundError) as error:
+            # A missing package of genprune's own says what to install; any other is a bug and keeps its traceback.
+            if isinstance(error, ModuleNotFoundError) and "pip install" not in str(error):
+                raise
+            print_error(error)
+            raise typer.Exit(2) from None
+
+
+app = typer.Typer(
+    name="genprune",
+    cls=_Group,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_show_locals=False,
+    help="Prune text-to-image diffusion models and vision transformers: smaller layers, loaded by stock Diffusers "
+    "and timm.\n\nStart with `genprune demo --out demo`; it needs no network and no GPU.",
+)
+
+
+class Quantity(StrEnum):
+    """What --keep is a share of."""
+
+    params = "params"
+    macs = "macs"
+    units = "units"
+
+
+class Precision(StrEnum):
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="A pipeline's or model's folder, a hub id (owner/name), a timm name, or `miniature` (embedded).",
+    ),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs instead of tables.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace an earlier result in --out.")]
+Keep = Annotated[float, typer.Option(help="Share of the whole dense denoiser that stays, above 0 and up to 1.")]
+Of = Annotated[Quantity, typer.Option(help="What --keep is a share of.")]
+Seed = Annotated[int, typer.Option(help="Of every random draw.")]
+
+
+@app.callback(invoke_without_command=True)
+def main(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show the libraries' log messages.")] = False,
+) -> None:
+    if version:
+        import genprune
+
+        typer.echo(f"genprune {genprune.__version__}")
+        raise typer.Exit()
+    logging.basicConfig(level=logging.INFO if verbose else logging.ERROR, format="%(name)s: %(message)s")
+    if not verbose:
+        for name in ("diffusers", "transformers", "huggingface_hub", "timm"):
+            logging.getLogger(name).setLevel(logging.ERROR)
+
+
+@app.command()
+def methods(as_json: Json = False) -> None:
+    """List the pruning methods, and what each needs."""
+    from dataclasses import asdict
+
+    from genprune import console
+    from genprune.methods import methods as cards
+
+    if as_json:
+        console.print_json([asdict(card) for card in cards()])
+    else:
+        console.print_methods(cards())
+
+
+@app.command()
+def inspect(
+    model: Model,
+    height: Annotated[
+        int | None, typer.Option(help="Count MACs at this height: latent pixels, image for a ViT.")
+    ] = None,
+    width: Annotated[int | None, typer.Option(help="Likewise the width.")] = None,
+    text_length: Annotated[int | None, typer.Option(help="Text tokens.")] = None,
+    batch: Annotated[int | None, typer.Option(help="Rows of one call.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Show what can be cut from a model, what it costs, and how small it can get. Reads no weights."""
+    from genprune import console
+    from genprune.inspection import inspect_model
+    from genprune.model_source import open_source
+
+    source = open_source(model)
+    point = {"height": height, "width": width, "text_length": text_length, "batch": batch}
+    found = inspect_model(source.skeleton(), **{name: value for name, value in point.items() if value is not None})
+    if as_json:
+        console.print_json({"model": source.name, "source": source.kind, **found.to_json()})
+    else:
+        console.print_inspection(source, found)
+
+
+@app.command()
+def prune(
+    model: Model,
+    out: Annotated[Path, typer.Option(help="Folder to write; it appears whole or not at all.")],
+    method: Annotated[str, typer.Option(help="One of `genprune methods`.")] = "taylor",
+    keep: Keep = 0.7,
+    of: Of = Quantity.macs,
+    prompts: Annotated[
+        Path | None, typer.Option(help="Calibration prompts, one a line, for methods that score.")
+    ] = None,
+    kinds: Annotated[
+        list[str] | None,
+        typer.Option(help="Kinds of sites that may go, repeatable or comma-separated; see `genprune inspect`."),
+    ] = None,
+    plan_only: Annotated[
+        bool, typer.Option("--plan-only", help="Write the plan, a few KB, and leave the model.")
+    ] = False,
+    stock: Annotated[
+        bool,
+        typer.Option("--stock", help="Write a stock configuration (depth or uniform plans), no genprune to load."),
+    ] = False,
+    seed: Seed = 0,
+    dtype: Annotated[Precision, typer.Option(help="Precision to score in and to save.")] = Precision.float32,
+    device: Annotated[str, typer.Option(help="Where to score: cpu, cuda, ...")] = "cpu",
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Prune a model for real and save it where stock Diffusers, or `gp.load_model`, loads it."""
+    import torch
+
+    from genprune import console, prune_run
+    from genprune.methods import method_named
+    from genprune.model_source import open_source
+
+    prune_run.check_free(out, force)
+    chosen = tuple(kind.strip() for item in kinds or () for kind in item.split(",") if kind.strip()) or None
+    settings = method_named(method, keep=keep, of=of.value, kinds=chosen, seed=seed)
+    source = open_source(model)
+    plan = prune_run.prune_to_folder(
+        source,
+        settings,
+        out,
+        prompts=prune_run.read_prompts(prompts, source, settings),
+        plan_only=plan_only,
+        stock=stock,
+        device=device,
+        dtype=getattr(torch, dtype.value),
+        say=console.print_step,
+    )
+    if as_json:
+        console.print_json(prune_run.summary(plan, out))
+    else:
+        console.print_plan(plan)
+        console.print_saved(source, out, plan_only)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder to write; it appears whole or not at all.")] = Path("demo"),
+    keep: Keep = 0.7,
+    of: Of = Quantity.macs,
+    prompts: Annotated[int | None, typer.Option(help="Pictures each candidate draws. [default: 48, quick: 8]")] = None,
+    steps: Annotated[int | None, typer.Option(help="Denoising steps a picture. [default: 20, quick: 8]")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="A first look; its quality figures mean little.")] = False,
+    seed: Seed = 0,
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Prune the embedded miniature, compare before and after, and write a page to look at. Offline."""
+    from genprune import console
+    from genprune.demo import DemoSettings, run_demo
+
+    given = {"keep": keep, "of": of.value, "seed": seed, "prompts": prompts, "steps": steps}
+    given = {name: value for name, value in given.items() if value is not None}
+    settings = DemoSettings.quick(**given) if quick else DemoSettings(**given)
+    result = run_demo(out, settings, force=force, say=console.print_step)
+    if as_json:
+        console.print_json(result)
+    else:
+        console.print_demo(result, out)
+
+
+if __name__ == "__main__":
+    app()

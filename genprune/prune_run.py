@@ -1,0 +1,158 @@
+"""From a model's name to a pruned folder: open, plan, cut, save; what `genprune prune` does."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from genprune.errors import BadCalibrationData, GenpruneError
+from genprune.files import whole_folder
+from genprune.methods import Method
+from genprune.model_source import MINIATURE, ModelSource
+from genprune.plan import PruningPlan
+
+# A folder with one of these was written by genprune, diffusers or timm: `--force` may replace it, and nothing else.
+_KNOWN_CONTENT = ("model_index.json", "config.json", "plan.json", "result.json")
+CALIBRATION_PROMPTS = 32  # of the miniature, where no prompts are given
+
+
+class FolderInTheWay(GenpruneError):
+    """The output folder exists and holds something."""
+
+
+def check_free(out: Path, force: bool) -> None:
+    """Refuse an output folder that holds something, unless `force` is set and it holds an earlier result.
+
+    Raises:
+        FolderInTheWay: before anything is computed.
+    """
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    if not out.is_dir():
+        raise FolderInTheWay(f"'{out}' is a file; expected a folder to write to. Pass another --out.")
+    if not force:
+        raise FolderInTheWay(
+            f"'{out}' exists and is not empty; nothing was changed. Pass another --out, or --force to replace it."
+        )
+    if not any((out / name).is_file() for name in _KNOWN_CONTENT):
+        raise FolderInTheWay(
+            f"'{out}' holds none of {', '.join(_KNOWN_CONTENT)}, so it is no earlier result; --force replaces only "
+            "those. Pass another --out."
+        )
+
+
+@contextmanager
+def disk_errors(out: Path):
+    """A full disk or a missing permission inside the block becomes one sentence."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None:
+            raise
+        raise GenpruneError(
+            f"'{out}' could not be written ({error.strerror}); it is as it was before. Free some space, or pass "
+            "another --out."
+        ) from error
+
+
+def read_prompts(file: Path | None, source: ModelSource, method: Method) -> list[str] | None:
+    """Calibration prompts: from a file, one a line; for the miniature its own where no file is given.
+
+    Raises:
+        BadCalibrationData: the method needs prompts and there are none.
+    """
+    if file is not None:
+        try:
+            lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
+        except (OSError, UnicodeDecodeError) as error:
+            raise BadCalibrationData(
+                f"the prompts file '{file}' cannot be read ({error}); expected a text file with one prompt a line. "
+                "Check --prompts."
+            ) from None
+        if not any(lines):
+            raise BadCalibrationData(f"the prompts file '{file}' is empty; expected one prompt a line. Fill it.")
+        return [line for line in lines if line]
+    if "gradients" not in method.criterion().needs:
+        return None
+    if source.is_miniature:
+        import genprune as gp
+
+        return gp.miniature.prompts("dev", CALIBRATION_PROMPTS)
+    raise BadCalibrationData(
+        f"--method {method.name} scores on prompts, and '{source.name}' comes without any; expected a text file with "
+        f"one prompt a line, 16 or more. Pass --prompts FILE (or try --method magnitude, which needs none; only "
+        f"'{MINIATURE}' has prompts of its own)."
+    )
+
+
+def prune_to_folder(
+    source: ModelSource,
+    method: Method,
+    out: Path,
+    *,
+    prompts: Sequence[str] | None = None,
+    plan_only: bool = False,
+    stock: bool = False,
+    device: str = "cpu",
+    dtype: torch.dtype | None = None,
+    progress: bool = True,
+    say: Callable[[str], None] = lambda text: None,
+) -> PruningPlan:
+    """Plan, cut and save; `out` appears whole at the end, or not at all.
+
+    Args:
+        source, method, prompts: what to prune, how, and what to calibrate on.
+        out: free (see `check_free`); a pipeline's folder, a model's folder, or with `plan_only` a plan's.
+        stock: write a stock configuration that loads where genprune is not installed; depth and uniform plans only.
+        device, dtype: to score on and to save in.
+        say: told what is going on, one line a step.
+
+    Raises:
+        GenpruneError: the budget cannot be reached, the calibration data do not fit, the plan has no stock
+        configuration, or the folder cannot be written. `out` is then as it was.
+    """
+    import genprune as gp
+
+    say(f"Loading {source.name}")
+    target = source.load(device, dtype)
+    say(f"Planning: {method.name}, keep {method.keep:g} of {method.of}")
+    plan = gp.make_plan(target, method, prompts=prompts, progress=progress)
+    if plan_only:
+        with disk_errors(out):
+            plan.save(out)
+        return plan
+    say("Cutting and saving")
+    with disk_errors(out), whole_folder(out) as stage:
+        _write(gp.cut(target, plan), source, plan, stage, stock)
+    return plan
+
+
+def _write(target: Any, source: ModelSource, plan: PruningPlan, stage: Path, stock: bool) -> None:
+    import genprune as gp
+
+    if source.kind == "pipeline":
+        target.to("cpu").save_pretrained(stage)
+        if stock:
+            gp.export_stock(getattr(target, source.slot), stage / source.slot)
+    elif stock:
+        gp.export_stock(target, stage)
+    else:
+        gp.save_model(target, stage)
+
+
+def summary(plan: PruningPlan, out: Path) -> dict[str, Any]:
+    """What `genprune prune --json` prints."""
+    return {
+        "format_version": 1,
+        "out": str(out),
+        "base": dataclasses.asdict(plan.base),
+        "figures": dict(plan.figures),
+        "operating_point": dict(plan.operating_point),
+        "widths": {name: [int(mask.sum()), mask.numel()] for name, mask in plan.keep.items()},
+        "made_by": dict(plan.made_by),
+    }

@@ -11,9 +11,9 @@ from torch import Tensor
 from genprune.allocation import Request, default_kinds, fit
 from genprune.costs import Costs, SiteCosts
 from genprune.criteria import criterion_named
-from genprune.cutting import effective_keep
 from genprune.errors import NoMatchingSites
 from genprune.plan import PlanBase, PruningPlan
+from genprune.sites import effective_keep
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,186 @@
+"""Record what a stock pipeline calls its denoiser with. The pipeline itself runs; nothing of it is copied."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from genprune.errors import BadCalibrationData
+from genprune.families import denoiser, denoiser_slot
+
+
+@dataclass(frozen=True)
+class DenoiserCall:
+    """One call of the denoiser, detached.
+
+    Attributes:
+        inputs: arguments by name, as the pipeline passed them.
+        output: the prediction.
+    """
+
+    inputs: Mapping[str, Any] = field(repr=False)
+    output: Tensor = field(repr=False)
+
+    @property
+    def timestep(self) -> Tensor:
+        """The timestep argument, in the denoiser's own scale."""
+        return torch.as_tensor(self.inputs["timestep"])
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of the pipeline over a batch of prompts.
+
+    Attributes:
+        rows: images in the batch.
+        latents: what came out: final latents as the denoiser sees them, or images in [-1, 1] where there is no VAE.
+        calls: the recorded calls, in order.
+        timesteps: the scheduler's timesteps in this run, shape `(steps,)`.
+        first_sample: index of row 0 among all samples.
+    """
+
+    rows: int
+    latents: Tensor = field(repr=False)
+    calls: tuple[DenoiserCall, ...] = field(repr=False)
+    timesteps: Tensor = field(repr=False)
+    first_sample: int = 0
+
+
+class CallRecorder:
+    """Records calls of a denoiser while it is attached; a context manager that leaves no hook behind.
+
+    Args:
+        model: the denoiser.
+        keep: which calls, by their index in the run; None keeps all.
+        device: where recorded tensors go.
+    """
+
+    def __init__(
+        self, model: nn.Module, keep: Callable[[int], bool] | None = None, device: str | torch.device = "cpu"
+    ):
+        self.model, self.keep, self.device = model, keep, device
+        self.names = tuple(inspect.signature(type(model).forward).parameters)[1:]
+        self.calls: list[DenoiserCall] = []
+        self.seen = 0
+
+    def hook(self, module: nn.Module, inputs: tuple, kwargs: dict, output) -> None:
+        index, self.seen = self.seen, self.seen + 1
+        if self.keep is not None and not self.keep(index):
+            return
+        given = dict(zip(self.names, inputs)) | kwargs
+        given.pop("return_dict", None)
+        prediction = output[0] if isinstance(output, tuple) else output.sample
+        self.calls.append(DenoiserCall(_detached(given, self.device), _detached(prediction, self.device)))
+
+    def __enter__(self) -> CallRecorder:
+        self._handle = self.model.register_forward_hook(self.hook, with_kwargs=True)
+        return self
+
+    def __exit__(self, *error) -> None:
+        self._handle.remove()
+
+
+def _detached(value: Any, device: str | torch.device) -> Any:
+    if isinstance(value, Tensor):
+        return value.detach().to(device, copy=True)
+    if isinstance(value, Mapping):
+        return {name: _detached(item, device) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_detached(item, device) for item in value)
+    return value
+
+
+def takes_prompts(pipe) -> bool:
+    """Whether a pipeline is called with text."""
+    return "prompt" in inspect.signature(type(pipe).__call__).parameters
+
+
+def capture_runs(
+    pipe,
+    prompts: Sequence[str] | None = None,
+    *,
+    samples: int | None = None,
+    seed: int = 0,
+    steps: int = 20,
+    guidance_scale: float | None = None,
+    height: int | None = None,
+    width: int | None = None,
+    batch_size: int = 4,
+    keep: Callable[[int], bool] | None = None,
+    device: str | torch.device = "cpu",
+) -> Iterator[Run]:
+    """Run a stock pipeline over prompts and yield its final latents and the denoiser's calls, batch by batch.
+
+    The pipeline object, its scheduler and its progress bar are not changed: a shallow copy runs.
+
+    Args:
+        pipe: a diffusers pipeline.
+        prompts: one per sample; repeated in order until there are `samples`. None for an unconditional pipeline.
+        samples: images to draw. Default: one per prompt, 16 without prompts.
+        seed: image `i` starts from a generator seeded with `seed + i`, whatever the batch size.
+        steps, guidance_scale, height, width: passed on; None leaves the pipeline's default.
+        batch_size: images a run, >= 1.
+        keep: which denoiser calls of a run to record, by index from 0. Default: all.
+        device: where recorded tensors go.
+
+    Yields:
+        `Run`, in sample order.
+
+    Raises:
+        BadCalibrationData: prompts are missing, empty or no strings.
+    """
+    if denoiser_slot(pipe) is None:
+        raise BadCalibrationData(
+            f"{type(pipe).__name__} is a bare model; expected a pipeline that can draw. Pass the pipeline, or "
+            "data=[(inputs, target), ...] for the model."
+        )
+    prompts = checked_prompts(pipe, prompts)
+    samples = samples or (len(prompts) if prompts else 16)
+    accepted = inspect.signature(type(pipe).__call__).parameters
+    options = {"num_inference_steps": steps, "guidance_scale": guidance_scale, "height": height, "width": width}
+    options = {name: value for name, value in options.items() if value is not None and name in accepted}
+    latent = "vae" in getattr(pipe, "components", {})
+    for first in range(0, samples, batch_size):
+        rows = min(batch_size, samples - first)
+        generators = [torch.Generator("cpu").manual_seed(seed + first + row) for row in range(rows)]
+        given = {"generator": generators, "output_type": "latent" if latent else "pt"}
+        if prompts:
+            given["prompt"] = [prompts[(first + row) % len(prompts)] for row in range(rows)]
+        else:
+            given["batch_size"] = rows
+        quiet = _quiet_copy(pipe)
+        with CallRecorder(denoiser(pipe), keep, device) as recorder:
+            images = quiet(**given, **options).images
+        images = images.detach().to(device)
+        latents = images if latent else images * 2 - 1
+        yield Run(rows, latents, tuple(recorder.calls), quiet.scheduler.timesteps.detach().cpu(), first)
+
+
+def checked_prompts(pipe, prompts: Sequence[str] | None) -> list[str] | None:
+    """The prompts as a list, or None for an unconditional pipeline. Raises `BadCalibrationData`."""
+    if not takes_prompts(pipe):
+        return None
+    advice = 'Pass e.g. prompts=["a red fox in the snow", ...], captions like those that the model will be used with.'
+    if prompts is None or isinstance(prompts, str) or len(prompts) == 0:
+        found = "none" if prompts is None or not prompts else "one string"
+        raise BadCalibrationData(
+            f"{type(pipe).__name__} needs calibration prompts, got {found}; expected a list of strings. {advice}"
+        )
+    for index, prompt in enumerate(prompts):
+        if not isinstance(prompt, str) or not prompt.strip():
+            raise BadCalibrationData(f"prompts[{index}] is {prompt!r}; expected a string with text in it. {advice}")
+    return list(prompts)
+
+
+def _quiet_copy(pipe):
+    """A pipeline with the same components, a scheduler of its own, and no progress bar."""
+    quiet = copy.copy(pipe)
+    quiet.scheduler = copy.deepcopy(pipe.scheduler)
+    quiet._progress_bar_config = {"disable": True}
+    return quiet

@@ -33,7 +33,7 @@ from scripts.miniature.loop import LoopConfig, train  # noqa: E402
 DEFAULTS = {
     "vae": {"max_train_steps": 5000, "learning_rate": 2e-3, "train_batch_size": 16, "mixed_precision": "bf16"},
     "decoder": {"max_train_steps": 2000, "learning_rate": 1e-3, "train_batch_size": 16, "mixed_precision": "bf16"},
-    "denoiser": {"max_train_steps": 6000, "learning_rate": 1.5e-3, "train_batch_size": 48, "mixed_precision": "bf16"},
+    "denoiser": {"max_train_steps": 5500, "learning_rate": 1.5e-3, "train_batch_size": 48, "mixed_precision": "no"},
     "grader": {"max_train_steps": 2500, "learning_rate": 2e-3, "train_batch_size": 64, "mixed_precision": "no"},
 }
 
@@ -55,7 +55,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--checkpoints_total_limit", type=int)
     parser.add_argument("--preview_steps", type=int, help="pictures for a person to look at, every so many steps")
     parser.add_argument("--proportion_empty_prompts", type=float, default=0.1)
-    parser.add_argument("--pool_size", type=int, default=49_152, help="distinct training pictures of the denoiser")
+    parser.add_argument("--pool_size", type=int, default=32_768, help="distinct training pictures of the denoiser")
     data = parser.add_argument_group("other data than the emoji scenes")
     data.add_argument("--dataset_name", help="hub id of a dataset with images and captions")
     data.add_argument("--train_data_dir", type=Path, help="folder in the imagefolder layout, with metadata.jsonl")

@@ -16,6 +16,7 @@ from transformers import CLIPTokenizer
 from .autoencoder import AutoencoderStage, build_autoencoder
 from .data import CaptionedImages, EmojiScenes
 from .denoiser import ARCHITECTURES, DenoiserStage, cache_latents
+from .loop import process_state
 from .text import build_text_encoder, build_tokenizer
 
 logger = logging.getLogger("train_miniature")
@@ -72,8 +73,9 @@ def denoiser_stage(
     folder = arguments.output_dir / arguments.arch
     folder.mkdir(parents=True, exist_ok=True)
     architecture = ARCHITECTURES[arguments.arch]()
-    if not (folder / "tokenizer" / "vocab.json").is_file():
-        build_tokenizer(data.captions(), folder / "tokenizer", architecture.text_length)
+    with process_state().main_process_first():
+        if not (folder / "tokenizer" / "vocab.json").is_file():
+            build_tokenizer(data.captions(), folder / "tokenizer", architecture.text_length)
     tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
     vae = load_autoencoder(arguments.output_dir, decoder=False)
     pool = cache_latents(vae, tokenizer, data, folder / "pool.safetensors")

@@ -16,15 +16,15 @@ from genprune.miniature import grammar
 class EmojiScenes:
     """Endless train scenes of the grammar; picture number i depends on (seed, i) alone."""
 
-    def __init__(self, seed: int = 0, count: int = 49_152) -> None:
+    def __init__(self, seed: int = 0, count: int = 32_768) -> None:
         self.seed, self.count = seed, count
 
     def captions(self) -> list[str]:
         return [grammar.caption(scene) for scene in grammar.scenes("train", self.count, self.seed)]
 
-    def pictures(self, batch_size: int) -> Iterator[np.ndarray]:
-        """uint8 batches `(B, 64, 64, 3)` in order."""
-        for start in range(0, self.count, batch_size):
+    def pictures(self, batch_size: int, rank: int = 0, world: int = 1) -> Iterator[np.ndarray]:
+        """uint8 batches `(B, 64, 64, 3)` in order; process `rank` of `world` gets every world-th batch."""
+        for start in range(rank * batch_size, self.count, batch_size * world):
             batch = grammar.scenes("train", min(batch_size, self.count - start), self.seed, start)
             yield np.stack([grammar.render(scene) for scene in batch])
 
@@ -76,8 +76,8 @@ class CaptionedImages:
         texts = self.rows.select(range(self.count))[self.caption_column]
         return [text if isinstance(text, str) else text[0] for text in texts]
 
-    def pictures(self, batch_size: int) -> Iterator[np.ndarray]:
-        for start in range(0, self.count, batch_size):
+    def pictures(self, batch_size: int, rank: int = 0, world: int = 1) -> Iterator[np.ndarray]:
+        for start in range(rank * batch_size, self.count, batch_size * world):
             rows = range(start, min(start + batch_size, self.count))
             yield np.stack([self.picture(row) for row in rows])
 

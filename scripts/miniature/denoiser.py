@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 from transformers import CLIPTokenizer
 
 from .data import CaptionedImages, EmojiScenes, shuffled_rows
+from .loop import process_state
 from .pictures import contact_sheet, to_tensor
 from .text import tokenize
 
@@ -95,16 +96,32 @@ def cache_latents(
     """
     if path.is_file():
         return load_file(path)
+    state = process_state()
+    rank, world = state.process_index, state.num_processes
     device = next(vae.parameters()).device
-    latents = []
     vae = vae.to(memory_format=torch.channels_last).eval()
-    for batch in tqdm(data.pictures(batch_size), total=-(-data.count // batch_size), desc="latents", mininterval=5):
+    batches = data.pictures(batch_size, rank, world)
+    count = -(-data.count // batch_size)
+    part = {}
+    for number, batch in enumerate(
+        tqdm(batches, total=count // world, desc="latents", mininterval=5, disable=rank > 0)
+    ):
         with torch.autocast(device.type, torch.bfloat16):
             mean = vae.encode(to_tensor(batch).to(device)).latent_dist.mode()
-        latents.append(mean.half().contiguous().cpu())
-    tensors = {"latents": torch.cat(latents), "tokens": tokenize(tokenizer, data.captions()).contiguous()}
+        part[str(number * world + rank)] = mean.half().contiguous().cpu()
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, path)
+    files = [path.with_suffix(f".part-{number}-of-{world}") for number in range(world)]
+    save_file(part, files[rank])
+    state.wait_for_everyone()
+    parts = {name: tensor for file in files for name, tensor in load_file(file).items()}
+    latents = torch.cat([parts[str(number)] for number in range(count)])
+    tensors = {"latents": latents, "tokens": tokenize(tokenizer, data.captions()).contiguous()}
+    state.wait_for_everyone()
+    if state.is_main_process:
+        save_file(tensors, path)
+        for file in files:
+            file.unlink()
+    state.wait_for_everyone()
     return tensors
 
 

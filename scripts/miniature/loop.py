@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -92,6 +92,11 @@ def learning_rate_at(step: int, config: LoopConfig) -> float:
     return config.learning_rate * warmup * shape
 
 
+def process_state() -> PartialState:
+    """Rank and number of processes; without a GPU, several processes talk through gloo."""
+    return PartialState(cpu=not torch.cuda.is_available())
+
+
 def seed_step(seed: int, step: int, rank: int) -> None:
     """Seed torch for one step of one process; the factors keep the triples of ordinary runs apart."""
     torch.manual_seed((seed * 64 + rank) * 10_000_019 + step)
@@ -122,6 +127,7 @@ def train(stage: Stage, config: LoopConfig, resume_from_checkpoint: str | None =
         The number of the last step.
     """
     config.output_dir.mkdir(parents=True, exist_ok=True)
+    process_state()
     accelerator = Accelerator(mixed_precision=config.mixed_precision, cpu=not torch.cuda.is_available())
     rank, world, main = accelerator.process_index, accelerator.num_processes, accelerator.is_main_process
     modules = stage.modules.to(accelerator.device).train()

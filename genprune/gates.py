@@ -53,6 +53,20 @@ class Gate:
         return value.reshape(shape)
 
 
+def _scaled(activation: Tensor, factor: Tensor) -> Tensor:
+    """Their product in the memory layout of the activation.
+
+    A linear layer that gets a view (one stream of a joint attention) rounds otherwise than for the same numbers side
+    by side; in bfloat16 that is visible, so that a gate of one would not be bit-identical.
+    """
+    product = activation * factor
+    if product.stride() == activation.stride() or 0 in activation.stride():
+        return product
+    return torch.empty_strided(
+        activation.shape, activation.stride(), dtype=product.dtype, device=product.device
+    ).copy_(product)
+
+
 class GatedInput:
     """Multiplies the first argument of a module."""
 
@@ -63,7 +77,7 @@ class GatedInput:
         return module.register_forward_pre_hook(self.hook)
 
     def hook(self, module: nn.Module, inputs: tuple) -> tuple:
-        return (inputs[0] * self.gate.features(inputs[0], self.point, module), *inputs[1:])
+        return (_scaled(inputs[0], self.gate.features(inputs[0], self.point, module)), *inputs[1:])
 
 
 class GatedOutput:
@@ -77,11 +91,11 @@ class GatedOutput:
 
     def hook(self, module: nn.Module, inputs: tuple, output):
         if isinstance(output, tuple):
-            return tuple(self._scaled(item, module) for item in output)
-        return self._scaled(output, module)
+            return tuple(self._gated(item, module) for item in output)
+        return self._gated(output, module)
 
-    def _scaled(self, item, module: nn.Module):
-        return item * self.gate.features(item, self.point, module) if isinstance(item, Tensor) else item
+    def _gated(self, item, module: nn.Module):
+        return _scaled(item, self.gate.features(item, self.point, module)) if isinstance(item, Tensor) else item
 
 
 class BlendedOutput:

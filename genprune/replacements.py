@@ -74,6 +74,13 @@ class ScatteredLinear(nn.Linear):
             super().reset_parameters()
 
     def forward(self, input: Tensor) -> Tensor:
-        narrow = super().forward(input)  # (..., out_features)
+        return self.scattered(super().forward(input))
+
+    def scattered(self, narrow: Tensor) -> Tensor:
+        """Computed outputs, shape `(..., out_features)`, at their places among zeros: `(..., full_features)`."""
         wide = narrow.new_zeros(*narrow.shape[:-1], self.full_features)
-        return wide.index_copy(-1, self.index, narrow)  # (..., full_features)
+        return wide.index_copy(-1, self.index, narrow)
+
+    def scatter_output(self, module: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
+        """Forward hook for what is added to this layer's output, such as a LoRA of its size."""
+        return self.scattered(output)

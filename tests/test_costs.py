@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from stock_configs import BASE, SD15, SDXL, TINY
 from tiny_hosts import HOSTS, sd_unet
 
 import genprune as gp
@@ -13,27 +14,6 @@ from genprune.costs import dense_costs, site_costs
 from genprune.cutting import plan_base
 from genprune.errors import GenpruneError
 
-SD15 = {"sample_size": 64, "cross_attention_dim": 768}
-SDXL = {
-    "sample_size": 128,
-    "block_out_channels": (320, 640, 1280),
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    "cross_attention_dim": 2048,
-    "attention_head_dim": (5, 10, 20),
-    "use_linear_projection": True,
-    "transformer_layers_per_block": (1, 2, 10),
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 256,
-    "projection_class_embeddings_input_dim": 2816,
-}
-BASE = SD15 | {"layers_per_block": 1}
-TINY = BASE | {
-    "mid_block_type": None,
-    "block_out_channels": (320, 640, 1280),
-    "down_block_types": ("CrossAttnDownBlock2D",) * 3,
-    "up_block_types": ("CrossAttnUpBlock2D",) * 3,
-}
 GOLDEN = {
     "sd15": (SD15, 859_520_964, 401_636_720_640),
     "sdxl": (SDXL, 2_567_463_684, 3_380_618_199_040),

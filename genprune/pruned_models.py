@@ -11,6 +11,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import diffusers.loaders.peft as host_adapters
 from diffusers import (
     DiffusionPipeline,
     FluxTransformer2DModel,
@@ -21,6 +22,7 @@ from diffusers import (
 )
 from torch import nn
 
+from genprune import lora
 from genprune.cutting import applied_plan, pruned_widths
 from genprune.errors import PlanMismatch
 from genprune.gates import gated_sites
@@ -80,6 +82,11 @@ class PrunedMixin:
                 f"gates are attached to {len(gated)} sites ('{gated[0]}', ...); a saved folder would hold the uncut "
                 "weights without them. Call handle.remove() and gp.cut(model, plan) first, then save."
             )
+        if wrapped := [path for path, module in self.named_modules() if hasattr(module, "base_layer")]:
+            raise PlanMismatch(
+                f"an adapter is on {len(wrapped)} layers ('{wrapped[0]}', ...); a saved folder would have other names "
+                "for their weights. Call fuse_lora() and unload_lora_weights() (or unload_lora()) first, then save."
+            )
         if os.path.isfile(save_directory):
             raise PlanMismatch(f"'{save_directory}' is a file; expected a folder to write to. Pass another path.")
         _register_with_saving_pipeline(self)
@@ -93,6 +100,39 @@ class PrunedMixin:
         super().save_pretrained(save_directory, *args, **kwargs)
         if writes_plan:
             _write_plan(self, save_directory)
+
+
+class PrunedAdapterMixin(PrunedMixin):
+    """LoRAs on a model that was cut: refused where they are for another shape, placed right where they fit."""
+
+    def load_lora_adapter(self, pretrained_model_name_or_path_or_dict, prefix="transformer", hotswap=False, **kwargs):
+        """The host's `load_lora_adapter`.
+
+        Raises:
+            PlanMismatch: the LoRA is for another model, such as the dense base; names `gp.adapt_lora`.
+        """
+        state_dict = pretrained_model_name_or_path_or_dict
+        if not isinstance(state_dict, dict):
+            state_dict, kwargs["metadata"] = _fetched_lora(state_dict, kwargs)
+        lora.check_fits(self, state_dict, prefix)
+        super().load_lora_adapter(state_dict, prefix=prefix, hotswap=hotswap, **kwargs)
+        lora.scatter_adapters_(self)
+
+    def add_adapter(self, *args, **kwargs) -> None:
+        """The host's `add_adapter`."""
+        super().add_adapter(*args, **kwargs)
+        lora.scatter_adapters_(self)
+
+
+def _fetched_lora(source: str | os.PathLike, kwargs: dict[str, Any]) -> tuple[dict[str, Any], Any]:
+    """The tensors and the metadata of a LoRA file or hub repository, as the host fetches them."""
+    from diffusers.loaders.lora_base import _fetch_state_dict
+
+    names = ("weight_name", "use_safetensors", "local_files_only", "cache_dir", "force_download", "proxies", "token")
+    given = {name: kwargs.pop(name, None) for name in (*names, "revision", "subfolder", "metadata")}
+    given["use_safetensors"] = True if given["use_safetensors"] is None else given["use_safetensors"]
+    agent = {"file_type": "attn_procs_weights", "framework": "pytorch"}
+    return _fetch_state_dict(source, **given, user_agent=agent, allow_pickle=False)
 
 
 def _write_plan(model: nn.Module, folder: str | os.PathLike) -> None:
@@ -133,7 +173,7 @@ def _plan_file(source: str | os.PathLike, kwargs: dict[str, Any]) -> Path | None
         return None
 
 
-class PrunedUNet2DConditionModel(PrunedMixin, UNet2DConditionModel):
+class PrunedUNet2DConditionModel(PrunedAdapterMixin, UNet2DConditionModel):
     """`UNet2DConditionModel` after `gp.cut`."""
 
     __module__ = "genprune"
@@ -145,13 +185,24 @@ class PrunedUNet2DModel(PrunedMixin, UNet2DModel):
     __module__ = "genprune"
 
 
-class PrunedFluxTransformer2DModel(PrunedMixin, FluxTransformer2DModel):
+class PrunedFluxTransformer2DModel(PrunedAdapterMixin, FluxTransformer2DModel):
     """`FluxTransformer2DModel` after `gp.cut`."""
 
     __module__ = "genprune"
 
+    def state_dict(self, *args, **kwargs):
+        """The host's `state_dict`; refuses a LoRA of the dense base that diffusers' Flux loader is about to bend.
 
-class PrunedSD3Transformer2DModel(PrunedMixin, SD3Transformer2DModel):
+        That loader widens layers to fit a LoRA, pads a LoRA to fit layers, and only then calls `load_lora_adapter`.
+        Between the two it reads the state dict, which is the one moment to see the LoRA as it was given.
+        """
+        caller = inspect.currentframe().f_back
+        if caller.f_code.co_name == "_maybe_expand_lora_state_dict":
+            lora.check_fits(self, caller.f_locals["lora_state_dict"], prefix="transformer")
+        return super().state_dict(*args, **kwargs)
+
+
+class PrunedSD3Transformer2DModel(PrunedAdapterMixin, SD3Transformer2DModel):
     """`SD3Transformer2DModel` after `gp.cut`."""
 
     __module__ = "genprune"
@@ -167,3 +218,7 @@ PRUNED = {
         PrunedSD3Transformer2DModel,
     )
 }
+
+# diffusers expands nested LoRA scales by the class's name; a cut U-Net has the same blocks under the same names.
+_expansions = host_adapters._SET_ADAPTER_SCALE_FN_MAPPING
+_expansions["PrunedUNet2DConditionModel"] = _expansions["UNet2DConditionModel"]

@@ -73,9 +73,9 @@ def _damage(result: dict[str, Any]) -> str:
     return (
         f"It is not free. A grader network that reads objects, counts, places and backgrounds back from a picture "
         f"finds {grades['dense']:.0%} of what the caption says in the dense model's pictures and "
-        f"{grades['taylor']:.0%} in the pruned model's{told}: {verdict}. Removing the same amount by weight magnitude leaves "
-        f"{grades['magnitude']:.0%}, at random {grades['random']:.0%}. No training follows the cut in this release; "
-        f"recovery is what usually wins most of the loss back."
+        f"{grades['taylor']:.0%} in the pruned model's{told}: {verdict}. Removing the same amount by weight magnitude "
+        f"leaves {grades['magnitude']:.0%}, at random {grades['random']:.0%}. No training follows the cut in this "
+        f"release; recovery is what usually wins most of the loss back."
     )
 
 

@@ -1,0 +1,114 @@
+"""Find, plan, cut, save and reload full-size hosts; Torch-Pruning beside them; MACs saved against time saved.
+
+    python scripts/bench_chain.py --quick --out chain.json     # under 5 minutes on 2 CPU cores
+    python scripts/bench_chain.py --out docs/results/chain.json --table docs/benchmarks.md
+
+Weights are random, so nothing here speaks of quality. Every part runs in a process of its own, one after the other:
+peak memory of one is not hidden by what another left behind.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+QUICK_PARTS = ("sd15", "torch_pruning", "unet", "dit", "vit")
+FULL_PARTS = ("sd15", "sdxl", "torch_pruning", "unet", "dit", "vit")
+WIDTHS = (0.5, 0.6, 0.7, 0.8, 0.9)
+
+
+def run_part(name: str, quick: bool) -> dict[str, Any]:
+    """One part, in this process."""
+    from scripts.chain.chain import run_chain
+    from scripts.chain.speed import measure_speed
+    from scripts.chain.torch_pruning_run import run_torch_pruning
+
+    if name in ("sd15", "sdxl"):
+        return run_chain(name)
+    if name == "torch_pruning":
+        return run_torch_pruning()
+    return measure_speed(name, (0.5, 0.7) if quick else WIDTHS, quick, rounds=5 if quick else 9)
+
+
+def run_in_child(name: str, quick: bool) -> dict[str, Any]:
+    """One part in a fresh process; its last line of output is shown when it fails."""
+    with tempfile.TemporaryDirectory() as folder:
+        answer = Path(folder) / "part.json"
+        command = [sys.executable, __file__, "--part", name, "--out", str(answer), *(["--quick"] if quick else [])]
+        print(f"{name} ...", file=sys.stderr, flush=True)
+        child = subprocess.run(command, env={**os.environ, "HF_HUB_OFFLINE": "1"}, capture_output=True, text=True)
+        if child.returncode or not answer.is_file():
+            last = (child.stderr.strip().splitlines() or ["no message"])[-1]
+            raise SystemExit(f"part '{name}' failed with exit code {child.returncode}: {last}")
+        return json.loads(answer.read_text())
+
+
+def figures(parts: dict[str, Any]) -> dict[str, float]:
+    """The named figures: memory and time of the cut, and the share of the MACs saving that shows as time."""
+    chains = [parts[name] for name in ("sd15", "sdxl") if name in parts]
+    found = {"extra_memory_ratio": max(max(chain["extra_memory_ratio"].values()) for chain in chains)}
+    for chain in chains:
+        found |= {f"extra_memory_ratio_{p}_{chain['host']}": r for p, r in chain["extra_memory_ratio"].items()}
+        found |= {f"seconds_{p}_{chain['host']}": phase["seconds"] for p, phase in chain["phases"].items()}
+    rival = parts.get("torch_pruning", {})
+    if "phases" in rival:
+        ours = parts["sd15"]["phases"]
+        for unit, prefix in (("seconds", ""), ("cpu_seconds", "cpu_")):
+            whole = sum(ours[phase][unit] for phase in ("find", "plan", "cut"))
+            theirs = sum(phase[unit] for phase in rival["phases"].values())
+            # The change of the layers alone, on both sides; and everything from a loaded to a cut model.
+            found[f"{prefix}cut_time_ratio_vs_torch_pruning"] = ours["cut"][unit] / rival["cut_alone"][unit]
+            found[f"{prefix}end_to_end_time_ratio_vs_torch_pruning"] = whole / theirs
+    for name in ("unet", "dit", "vit"):
+        if name in parts:
+            found[f"macs_saving_seen_{name}"] = parts[name]["macs_saving_seen"]
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="without SDXL, small inputs, two widths: < 5 minutes")
+    parser.add_argument("--out", type=Path, help="JSON to write; default: print it")
+    parser.add_argument("--table", type=Path, help="Markdown page to write from the result")
+    parser.add_argument("--part", choices=FULL_PARTS, help="only this part, in this process")
+    arguments = parser.parse_args()
+
+    from genprune.bench.result import environment
+    from genprune.files import whole_file
+    from scripts.chain.table import write_table
+
+    if arguments.part:
+        result = run_part(arguments.part, arguments.quick)
+    else:
+        parts = {
+            name: run_in_child(name, arguments.quick) for name in (QUICK_PARTS if arguments.quick else FULL_PARTS)
+        }
+        result = {
+            **environment(),
+            "kind": "genprune-bench-chain",
+            "quick": arguments.quick,
+            "seeds": {"weights": 0, "units": 0},
+            "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+            "figures": figures(parts),
+            "parts": parts,
+        }
+    text = json.dumps(result, indent=2) + "\n"
+    if arguments.out is None:
+        print(text)
+    else:
+        with whole_file(arguments.out) as temporary:
+            temporary.write_text(text)
+    if arguments.table and not arguments.part:
+        write_table(arguments.table, result)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,89 @@
+"""The Markdown page of a chain result; regenerate it, never edit it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from genprune.files import whole_file
+
+_NAMES = {"sd15": "SD 1.5 U-Net", "sdxl": "SDXL U-Net"}
+_SPEED = {"unet": "U-Net (SD 1.5 shape)", "dit": "DiT (FLUX blocks, moderate size)", "vit": "ViT (DeiT-S)"}
+
+
+def write_table(path: Path, result: dict[str, Any]) -> None:
+    """Write the page whole."""
+    device, parts = result["device"], result["parts"]
+    lines = [
+        "# Benchmarks: the chain",
+        "",
+        "Generated from the result JSON by `scripts/bench_chain.py --table`; do not edit.",
+        f"Device: {device['name']}, {device['threads']} threads, load average {result['load_average']:.1f} at the end; "
+        f"torch {result['versions']['torch']}, diffusers {result['versions']['diffusers']}.",
+        "Random weights: cost, memory and speed only, no word about quality.",
+        "",
+        "## Find, plan, cut, save, reload (bfloat16, magnitude, keep 70 % of the MACs)",
+        "",
+        "| host | phase | seconds | extra peak memory | share of the model |",
+        "|---|---|---:|---:|---:|",
+    ]
+    for name in ("sd15", "sdxl"):
+        if name in parts:
+            for phase, row in parts[name]["phases"].items():
+                extra, share = row["extra_bytes"] / 2**20, parts[name]["extra_memory_ratio"][phase]
+                lines.append(f"| {_NAMES[name]} | {phase} | {row['seconds']:.2f} | {extra:,.0f} MiB | {share:.1%} |")
+    lines += ["", "A reload's share leaves out the loaded model itself.", "", *_rival(result), *_speed(parts)]
+    with whole_file(path) as temporary:
+        temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _rival(result: dict[str, Any]) -> list[str]:
+    rival, figures = result["parts"].get("torch_pruning", {}), result["figures"]
+    lines = ["## Beside Torch-Pruning, the same SD 1.5", ""]
+    if "phases" not in rival:
+        return [*lines, rival.get("skipped", "Not run."), ""]
+    ours, trace, step = result["parts"]["sd15"]["phases"], *rival["phases"].values()
+    plan, theirs = ours["plan"]["seconds"] + ours["find"]["seconds"], step["seconds"] - rival["cut_alone"]["seconds"]
+    lines += [
+        f"| step | genprune | Torch-Pruning {rival['version']} |",
+        "|---|---:|---:|",
+        f"| understand the model, score, plan | {plan:.2f} s | {trace['seconds'] + theirs:.2f} s |",
+        f"| change the layers | {ours['cut']['seconds']:.2f} s | {rival['cut_alone']['seconds']:.2f} s |",
+        f"| extra peak memory of both | {_mib(ours['plan'], ours['cut'])} | {_mib(trace, step)} |",
+        "",
+        f"Changing the layers takes {figures['cut_time_ratio_vs_torch_pruning']:.3f} of Torch-Pruning's time "
+        f"({figures['cpu_cut_time_ratio_vs_torch_pruning']:.3f} of its CPU time); from a loaded to a cut model it is",
+        f"{figures['end_to_end_time_ratio_vs_torch_pruning']:.3f} "
+        f"({figures['cpu_end_to_end_time_ratio_vs_torch_pruning']:.3f}).",
+        "",
+    ]
+    return lines
+
+
+def _mib(*phases: dict[str, Any]) -> str:
+    return f"{max(phase['extra_bytes'] for phase in phases) / 2**20:,.0f} MiB"
+
+
+def _speed(parts: dict[str, Any]) -> list[str]:
+    lines = [
+        "## MACs saved and time saved (uniform widths)",
+        "",
+        "`seen` = (1 - latency ratio) / (1 - MACs ratio): 1 means that all of the saving shows up as time. Latency is",
+        "the median over rounds of the ratio within a round, dense and cut in turns, with its 95 % bootstrap interval.",
+        "",
+        "| host | input | width | MACs | latency | seen |",
+        "|---|---|---:|---:|---|---:|",
+    ]
+    for name, label in _SPEED.items():
+        if name not in parts:
+            continue
+        point = parts[name]["setting"]["operating_point"]
+        shape = f"{point['batch']} x {point['height']} x {point['width']}, {point['text_length']} tokens"
+        for row in parts[name]["rows"]:
+            ratio = row["latency_ratio"]
+            lines.append(
+                f"| {label} | {shape} | {row['width']} | {row['macs_ratio']:.3f} | {ratio['estimate']:.3f} "
+                f"[{ratio['low']:.3f}, {ratio['high']:.3f}] | {row['macs_saving_seen']:.2f} |"
+            )
+        lines.append(f"| **{label}** | | median | | | **{parts[name]['macs_saving_seen']:.2f}** |")
+    return [*lines, ""]

@@ -73,7 +73,7 @@ class Candidate:
         """
         if self.pipeline is not None:
             return self.pipeline
-        import genprune  # registers the pruned classes that a saved pipeline may name
+        import genprune
 
         source = self.folder
         if Path(source).is_dir() and not (Path(source) / "model_index.json").is_file():
@@ -82,12 +82,7 @@ class Candidate:
                 "pipe.save_pretrained(...). For a plan, write NAME=BASE@PLAN."
             )
         try:
-            if self.plan is not None:
-                pipeline = genprune.load_pipeline(source, plan=self.plan, torch_dtype=DTYPES[dtype])
-            else:
-                from diffusers import DiffusionPipeline
-
-                pipeline = DiffusionPipeline.from_pretrained(source, torch_dtype=DTYPES[dtype])
+            pipeline = genprune.load_pipeline(source, plan=self.plan, torch_dtype=DTYPES[dtype])
         except OSError as error:  # diffusers' answer to a folder that is not there and to an unreachable hub
             raise BadCandidate(
                 f"candidate '{self.name}': no pipeline at '{self.model}' ({type(error).__name__}). "

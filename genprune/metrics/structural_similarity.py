@@ -14,7 +14,8 @@ WINDOW = 11  # px, the Gaussian window of the paper
 def ssim(x: Tensor, y: Tensor) -> Tensor:
     """SSIM of each pair, shape `(B,)`, float64, at most 1 for identical pictures; higher is closer.
 
-    An empty canvas can beat a wrong picture in SSIM where backgrounds are plain: never report it alone.
+    Averaged over the whole picture, mirrored at its border, as torchmetrics does. An empty canvas can beat a wrong
+    picture in SSIM where backgrounds are plain: never report it alone.
 
     Args:
         x, y: shape `(B, 3, H, W)`, at least 11 px a side, `uint8` or floats in [0, 1]; row i belongs to row i.

@@ -70,7 +70,7 @@ def unet_architecture(
             "timestep_spacing": "trailing",
             "clip_sample": False,
             "set_alpha_to_one": True,
-            "steps_offset": 0,
+            "steps_offset": 1,
         },
         pipeline_class="StableDiffusionPipeline",
         text_hidden_size=text_hidden_size,

@@ -23,6 +23,7 @@ from .assembly import assemble_pipeline, averaged_weights, load_autoencoder
 from .denoiser import draw
 from .grading import stack
 from .pictures import contact_sheet, to_tensor, to_uint8
+from .report import write_report
 from .statistics import (
     bootstrap_interval,
     frechet_distance,
@@ -88,6 +89,7 @@ def evaluate(arguments: argparse.Namespace) -> dict:
         "training": describe_training(output, arguments.arch, batch),
         "sampler": {"scheduler": "DDIMScheduler", **SAMPLER, "seed": f"{SEED} + index", "n": len(scenes)},
         "grader_on_real_test_scenes": rounded(grade_real(grader, 4000)),
+        "reference_scenes": len(judge.reference),
         "chance": rounded(chance(scenes)),
         "rows": rows,
         "ladder": ladder,
@@ -98,6 +100,7 @@ def evaluate(arguments: argparse.Namespace) -> dict:
     }
     (docs / "results").mkdir(parents=True, exist_ok=True)
     (docs / "results" / "miniature.json").write_text(json.dumps(result, indent=1) + "\n")
+    write_report(docs)
     write_sheets(docs / "miniature", scenes, real, pictures, load_autoencoder(output))
     return result
 

@@ -31,6 +31,10 @@ def export(arguments: argparse.Namespace) -> Path:
     folder, written = target / "pipeline", target / ".pipeline-writing"
     shutil.rmtree(written, ignore_errors=True)
     pipeline.save_pretrained(written, max_shard_size="7MB")
+    # where no type is asked for, transformers loads in the recorded one and diffusers in float32; a half text encoder
+    # in front of a float32 denoiser would crash, so the record says float32 (the file stays float16)
+    config = written / "text_encoder" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "dtype": "float32"}, indent=2) + "\n")
     shutil.rmtree(folder, ignore_errors=True)
     written.rename(folder)
     if any((arguments.output_dir / "grader").glob("checkpoint-*[0-9]")):

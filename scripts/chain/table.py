@@ -18,7 +18,7 @@ def write_table(path: Path, result: dict[str, Any]) -> None:
         "# Benchmarks: the chain",
         "",
         "Generated from the result JSON by `scripts/bench_chain.py --table`; do not edit.",
-        f"Device: {device['name']}, {device['threads']} threads, load average {result['load_average']:.1f} at the end; "
+        f"Device: {device['name']}, {device['threads']} threads, load {result['load_average']:.1f} at the end; "
         f"torch {result['versions']['torch']}, diffusers {result['versions']['diffusers']}.",
         "Random weights: cost, memory and speed only, no word about quality.",
         "",
@@ -68,8 +68,8 @@ def _speed(parts: dict[str, Any]) -> list[str]:
     lines = [
         "## MACs saved and time saved (uniform widths)",
         "",
-        "`seen` = (1 - latency ratio) / (1 - MACs ratio): 1 means that all of the saving shows up as time. Latency is",
-        "the median over rounds of the ratio within a round, dense and cut in turns, with its 95 % bootstrap interval.",
+        "`seen` = (1 - latency ratio) / (1 - MACs ratio): 1 means that all of the saving shows up as time.",
+        "Latency is the median over rounds of the ratio within a round, dense and cut in turns, with its 95 % interval.",
         "",
         "| host | input | width | MACs | latency | seen |",
         "|---|---|---:|---:|---|---:|",

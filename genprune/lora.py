@@ -162,8 +162,7 @@ def _sliced(entry: LoraTensor, value: Tensor, masks: Mapping[tuple[str, str], Te
 def check_fits(model: nn.Module, state_dict: Mapping[str, Tensor], prefix: str | None) -> None:
     """Refuse a LoRA that is not for this cut model, before anything of it is loaded.
 
-    Layers that the cut left alone are the host's business. What diffusers' Flux loader did to the model before it
-    asked (it widens layers to fit a LoRA) is undone.
+    What diffusers knows to do with layers that the cut left alone (Flux control LoRAs) stays its business.
 
     Args:
         model: a Pruned model, with or without other adapters.
@@ -181,27 +180,18 @@ def check_fits(model: nn.Module, state_dict: Mapping[str, Tensor], prefix: str |
         if prefix is not None and not name.startswith(f"{prefix}."):
             continue
         entry = parsed(name)
-        if entry is None or entry.path not in dense or left.get(entry.path) == dense[entry.path]:
+        if entry is None or entry.path not in dense:
             continue
-        axis = {"down": 1, "up": 0}.get(entry.part)
-        shape = left.get(entry.path)
-        if shape is None or (axis is not None and value.shape[min(axis, value.ndim - 1)] != shape[axis]):
-            _narrow_again_(model, left)
+        shape, axis = left.get(entry.path), {"down": 1, "up": 0}.get(entry.part)
+        given = None if axis is None else value.shape[min(axis, value.ndim - 1)]
+        # Wider than a layer that the cut left alone: Flux control LoRAs, for which diffusers widens the layer.
+        widens = shape == dense[entry.path] and given is not None and given > shape[axis]
+        if shape is None or (given is not None and given != shape[axis] and not widens):
             here = "went with the cut" if shape is None else f"has a weight of shape {shape}"
             raise PlanMismatch(
                 f"'{name}' has shape {tuple(value.shape)}, but that layer {here} in this {type(model).__name__}: the "
                 "LoRA is for another model, most likely the dense base. Load gp.adapt_lora(lora, pipe) instead."
             )
-
-
-def _narrow_again_(model: nn.Module, left: Mapping[str, tuple[int, ...]]) -> None:
-    """Undo the widening of layers, which appends zero columns or rows."""
-    for path, module in list(model.named_modules()):
-        shape = left.get(path.replace(".base_layer", ""))
-        if type(module) is nn.Linear and shape is not None and tuple(module.weight.shape) != shape:
-            module.weight = nn.Parameter(module.weight[: shape[0], : shape[1]].clone(), module.weight.requires_grad)
-            module.out_features, module.in_features = shape
-    model.__dict__.pop("_overwritten_params", None)
 
 
 def scatter_adapters_(model: nn.Module) -> None:

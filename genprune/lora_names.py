@@ -96,16 +96,13 @@ def _alphas_folded(state_dict: dict[str, Tensor], alphas: Mapping[str, float]) -
     """`lora_B` times alpha / rank, so that the LoRA needs no alpha any more.
 
     Args:
-        alphas: layer path, with or without the component's prefix -> alpha.
+        alphas: alpha by the layer's name, or by the name of its `lora_A`, as the converter gives them.
     """
-    by_path = {path.removeprefix("unet.").removeprefix("transformer."): alpha for path, alpha in alphas.items()}
     folded = {}
     for name, value in state_dict.items():
-        entry = parsed(name)
-        path = name.split(".lora")[0] if entry is None else entry.path
-        alpha = alphas.get(path, by_path.get(path))
-        is_up = entry.part == "up" if entry else ".up." in name or "lora_B" in name
-        folded[name] = value * (alpha / value.shape[1]) if is_up and alpha is not None and value.ndim > 1 else value
+        down = name.replace(".up.", ".down.").replace("lora_B", "lora_A")
+        known = [alphas[key] for key in (down, name.split(".lora")[0]) if key in alphas and key != name]
+        folded[name] = value * (known[0] / value.shape[1]) if known and down != name else value
     return folded
 
 

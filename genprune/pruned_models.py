@@ -190,16 +190,16 @@ class PrunedFluxTransformer2DModel(PrunedAdapterMixin, FluxTransformer2DModel):
 
     __module__ = "genprune"
 
-    def state_dict(self, *args, **kwargs):
-        """The host's `state_dict`; refuses a LoRA of the dense base that diffusers' Flux loader is about to bend.
+    def named_modules(self, *args, **kwargs):
+        """The host's `named_modules`; refuses a LoRA of the dense base that diffusers' Flux loader is about to bend.
 
-        That loader widens layers to fit a LoRA, pads a LoRA to fit layers, and only then calls `load_lora_adapter`.
-        Between the two it reads the state dict, which is the one moment to see the LoRA as it was given.
+        Before it calls `load_lora_adapter`, that loader widens the model's layers to fit the LoRA, or pads the LoRA to
+        fit the layers. It begins by asking for the modules, which is the one moment to see both as they are.
         """
         caller = inspect.currentframe().f_back
-        if caller.f_code.co_name == "_maybe_expand_lora_state_dict":
-            lora.check_fits(self, caller.f_locals["lora_state_dict"], prefix="transformer")
-        return super().state_dict(*args, **kwargs)
+        if caller.f_code.co_name == "_maybe_expand_transformer_param_shape_or_error_":
+            lora.check_fits(self, caller.f_locals["lora_state_dict"] or {}, prefix="transformer")
+        return super().named_modules(*args, **kwargs)
 
 
 class PrunedSD3Transformer2DModel(PrunedAdapterMixin, SD3Transformer2DModel):

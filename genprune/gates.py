@@ -18,7 +18,7 @@ from genprune.sites import GatePoint, Site, Sites
 class Gate:
     """The gate of one site: `value` has shape `(size,)`, or `(rows, size)` where the rows of a batch differ.
 
-    Its hooks are bound methods, so that a deep copy of the model carries a gate of its own (a closure would be shared).
+    Its hooks are bound methods, so that a deep copy of the model carries its own gate (a closure would be shared).
     """
 
     def __init__(self, site: Site, value: Tensor):

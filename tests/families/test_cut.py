@@ -124,8 +124,7 @@ def test_a_cut_model_lists_what_is_left(dense: DenseRun):
     keep = random_keep(dense.sites, seed=4, share=0.6)
     model = cut(dense.copy(), dense.plan(keep))
     left = find_sites(model)
-    for name, site in dense.sites.items():
-        mask = keep[name]
+    for name, mask in keep.items():
         removed = not mask.any() or any(not keep[parent].any() for parent in dense.sites.ancestors(name))
         if removed:
             assert name not in left

@@ -132,9 +132,7 @@ def one_row(inputs: dict, row: int) -> dict:
         if isinstance(value, dict):
             chosen[name] = one_row(value, row)
         else:
-            chosen[name] = (
-                value if name.endswith("_ids") and value.ndim == 2 and len(value) != 2 else value[row : row + 1]
-            )
+            chosen[name] = value if name in ("img_ids", "txt_ids") else value[row : row + 1]
     return chosen
 
 

@@ -19,7 +19,7 @@ from genprune.allocation.request import check_budget, check_kinds
 from genprune.costs import dense_costs, site_costs
 from genprune.costs import operating_point as operating_point_of
 from genprune.criteria import checked_scores, criterion_named
-from genprune.cutting import plan_base
+from genprune.cutting import plan_base, pruned_widths
 from genprune.denoising import calibration_batches
 from genprune.errors import GenpruneError, nearest
 from genprune.families import OperatingPoint, denoiser, denoiser_slot, family_of, find_sites
@@ -316,14 +316,10 @@ def score(
     if prompts is not None:
         text = json.dumps(list(prompts))
         made_by |= {"prompts": len(prompts), "prompts_sha256": hashlib.sha256(text.encode()).hexdigest()}
-    return Scores(
-        values=values,
-        method=method,
-        base=plan_base(model),
-        costs=site_costs(model, point, sites),
-        dense=dense_costs(model, **dataclasses.asdict(point)),
-        made_by=made_by,
-    )
+    costs = site_costs(model, point, sites)
+    # Budgets count against the dense model, also where an earlier cut made this one smaller.
+    dense = dense_costs(model, **dataclasses.asdict(point)) if pruned_widths(model) else costs.total
+    return Scores(values, method, plan_base(model), costs, dense, made_by)
 
 
 def make_plan(

@@ -64,12 +64,15 @@ def sd_pipeline(folder, scheduler=None):
     """Stable Diffusion: 16 px images, 8 x 8 latents, prompts of letters."""
     from diffusers import DDIMScheduler, StableDiffusionPipeline
 
+    default = DDIMScheduler(
+        prediction_type="v_prediction", rescale_betas_zero_snr=True, steps_offset=1, clip_sample=False
+    )
     return StableDiffusionPipeline(
         vae=vae(),
         text_encoder=clip_text(24),
         tokenizer=clip_tokenizer(folder),
         unet=sd_unet().eval(),
-        scheduler=scheduler or DDIMScheduler(prediction_type="v_prediction", rescale_betas_zero_snr=True),
+        scheduler=scheduler or default,
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,

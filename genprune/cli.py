@@ -205,5 +205,74 @@ def demo(
         console.print_demo(result, out)
 
 
+@app.command()
+def bench(
+    candidates: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="NAME=MODEL...", help="NAME=FOLDER, NAME=HUB_ID or NAME=BASE@PLAN, the dense one first."
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="Folder for pictures, result.json and report.html; a second run resumes.")],
+    prompts: Annotated[
+        Path | None, typer.Option(help="Prompts, one a line. Default: the miniature's test split, with its grader.")
+    ] = None,
+    coco_captions: Annotated[
+        Path | None, typer.Option(help="MS-COCO captions, such as captions_val2014.json.")
+    ] = None,
+    coco_images: Annotated[Path | None, typer.Option(help="The folder of the pictures it lists.")] = None,
+    count: Annotated[int, typer.Option(help="Prompts to draw.")] = 64,
+    reference: Annotated[str | None, typer.Option(help="What the others are compared with. [default: dense]")] = None,
+    extractors: Annotated[
+        list[str] | None, typer.Option(help="What set distances are measured on, repeatable; see docs/metrics.")
+    ] = None,
+    steps: Annotated[int, typer.Option(help="Denoising steps a picture.")] = 25,
+    guidance: Annotated[float, typer.Option(help="Guidance scale.")] = 7.5,
+    batch_size: Annotated[int, typer.Option(help="Pictures a call.")] = 4,
+    dtype: Annotated[Precision, typer.Option(help="Precision to draw in.")] = Precision.float32,
+    seed: Seed = 0,
+    rounds: Annotated[int, typer.Option(help="Timed rounds; 0 leaves latency out.")] = 10,
+    memory: Annotated[bool, typer.Option(help="Measure peak memory, each candidate in a fresh process.")] = True,
+    device: Annotated[str | None, typer.Option(help="Where to draw: cpu, cuda, ... Default: an accelerator.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Compare pipelines on the same prompts and seeds: quality, distance to dense, latency, memory."""
+    from genprune import console
+    from genprune.bench import Sampling, run_benchmark
+
+    result = run_benchmark(
+        candidates,
+        out,
+        data=_bench_data(prompts, coco_captions, coco_images, count, seed),
+        reference=reference,
+        sampling=Sampling(
+            num_inference_steps=steps, guidance_scale=guidance, seed=seed, batch_size=batch_size, dtype=dtype.value
+        ),
+        extractors=extractors or None,
+        latency_rounds=rounds,
+        memory=memory,
+        device=device,
+    )
+    if result is None:  # not the first process of an accelerate launch
+        return
+    if as_json:
+        console.print_json(result)
+    else:
+        console.print_bench(result, out)
+
+
+def _bench_data(prompts: Path | None, captions: Path | None, images: Path | None, count: int, seed: int):
+    from genprune.bench import coco_data, miniature_data, prompt_data
+    from genprune.bench.data import first
+
+    if prompts is not None and captions is not None:
+        raise GenpruneError("both --prompts and --coco-captions are given; expected one of them. Leave one out.")
+    if (captions is None) != (images is None):
+        raise GenpruneError("--coco-captions and --coco-images belong together; expected both. Pass the other one.")
+    if captions is not None:
+        return coco_data(captions, images, count, seed)
+    return miniature_data("test", count, seed) if prompts is None else first(prompt_data(prompts), count)
+
+
 if __name__ == "__main__":
     app()

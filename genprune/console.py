@@ -115,3 +115,20 @@ def print_demo(result: dict[str, Any], path) -> None:
     out.print(
         f"\nopen {path}/report.html; the pruned pipeline is in {path}/pipeline, every number in {path}/result.json"
     )
+
+
+def print_bench(result: dict[str, Any], path) -> None:
+    """Every measured value, a column a candidate, and where the page is."""
+    names = [entry["name"] for entry in result["candidates"]]
+    rows: dict[str, dict[str, float]] = {}
+    for key, value in result["figures"].items():
+        what, _, name = key.rpartition("/")
+        if name in names:
+            rows.setdefault(what, {})[name] = value
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in ("", *names):
+        table.add_column(column, justify="right" if column else "left")
+    for what, values in rows.items():
+        table.add_row(what, *(f"{values[name]:.5g}" if name in values else "" for name in names))
+    out.print(table)
+    out.print(f"\nopen {path}/report.html; every number in {path}/result.json")

@@ -46,9 +46,11 @@ class ModelSource:
 
     def skeleton(self) -> nn.Module:
         """The model that would be pruned, on the meta device: shapes without weights."""
+        from accelerate import init_empty_weights
+
         from genprune.saving import model_class
 
-        with torch.device("meta"):
+        with init_empty_weights():  # parameters alone on the meta device: a cut skeleton indexes real tensors
             if self.kind != "timm":
                 return model_class(self.config, self.place).from_config(self.config)
             model = _timm_model(self.place, self.config, pretrained=False)

@@ -1,4 +1,4 @@
-"""What an installed copy has: every sub-package, the data files, a light import, and the commands that README promises."""
+"""What an installed copy has: every sub-package, the data files, a light import, and the commands of the README."""
 
 from __future__ import annotations
 

@@ -69,7 +69,7 @@ def _speed(parts: dict[str, Any]) -> list[str]:
         "## MACs saved and time saved (uniform widths)",
         "",
         "`seen` = (1 - latency ratio) / (1 - MACs ratio): 1 means that all of the saving shows up as time.",
-        "Latency is the median over rounds of the ratio within a round, dense and cut in turns, with its 95 % interval.",
+        "Latency is the median over rounds of the ratio within a round, dense and cut in turns, with 95 % interval.",
         "",
         "| host | input | width | MACs | latency | seen |",
         "|---|---|---:|---:|---|---:|",

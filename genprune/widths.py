@@ -86,7 +86,8 @@ def apply_widths_(model: nn.Module, widths: Mapping[str, int]) -> None:
     Which units are kept comes with the weights: index buffers hold the first ones until a checkpoint is loaded.
     """
     sites = find_sites(model)
-    shrink_(model, sites, first_units(sites, widths))
+    with torch.device("cpu"):  # masks hold values, also where the caller builds everything on the meta device
+        shrink_(model, sites, first_units(sites, widths))
     model._genprune_widths = dict(widths)
 
 

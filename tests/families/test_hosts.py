@@ -55,8 +55,12 @@ def diffusers_cut(name: str) -> tuple[DenseRun, torch.nn.Module]:
     return dense, cut(dense.copy(), dense.plan(random_keep(dense.sites.of_kind(*units), seed=5, share=0.7)))
 
 
+# diffusers' own fused processor fails on SD3.5's second attention, dense or cut: it asks for a text stream there.
+FUSING = [name for name in CASE_NAMES if not name.startswith("vit") and name != "sd3-dual"]
+
+
 @torch.no_grad()
-@pytest.mark.parametrize("name", [name for name in CASE_NAMES if not name.startswith("vit")])
+@pytest.mark.parametrize("name", FUSING)
 def test_fused_projections_of_a_cut_model_compute_the_same(name: str):
     dense, model = diffusers_cut(name)
     small = run(model, dense.inputs)

@@ -214,7 +214,8 @@ class PruningPlan:
             ]
             raise refuse(f"says other widths than its masks, first at '{wrong[0]}': one of the two was edited")
         optional = {key: data[key] for key in ("operating_point", "figures", "made_by") if key in data}
-        return cls(base=base, keep=masks, ops=ops, tensors=tensors, **optional)
+        keep = {name: masks[name] for name in sites}  # in the order that it was made with: saving again, same bytes
+        return cls(base=base, keep=keep, ops=ops, tensors=tensors, **optional)
 
     def __eq__(self, other: object) -> bool:
         return (

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +16,7 @@ from genprune.errors import NoMatchingSites, PlanMismatch, nearest
 from genprune.families import denoiser, family_named, family_of, find_sites
 from genprune.lora_names import LoraTensor, parsed, read_lora, renamed_for_diffusers
 from genprune.plan import PruningPlan
-from genprune.replacements import ScatteredLinear
+from genprune.replacements import ScatteredLinear, Tombstone
 from genprune.sites import effective_keep
 from genprune.widths import apply_widths_
 
@@ -206,3 +208,21 @@ def scatter_adapters_(model: nn.Module) -> None:
             for up in getattr(module, "lora_B", {}).values():
                 if not any(getattr(hook, "__self__", None) is base for hook in up._forward_hooks.values()):
                     up.register_forward_hook(base.scatter_output)
+
+
+def without_removed_layers(config: Any, model: nn.Module) -> Any:
+    """A PEFT configuration that leaves out the layers that went: they still stand under their names.
+
+    Args:
+        config: a `peft` configuration; not changed.
+        model: a Pruned model.
+    """
+    gone = [path for path, module in model.named_modules() if isinstance(module, Tombstone)]
+    if not gone or not hasattr(config, "exclude_modules"):
+        return config
+    config, given = copy.copy(config), config.exclude_modules
+    if isinstance(given, str):  # a regular expression
+        config.exclude_modules = "|".join([f"(?:{given})", *map(re.escape, gone)])
+    else:
+        config.exclude_modules = {*(given or ()), *gone}
+    return config

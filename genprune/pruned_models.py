@@ -118,9 +118,9 @@ class PrunedAdapterMixin(PrunedMixin):
         super().load_lora_adapter(state_dict, prefix=prefix, hotswap=hotswap, **kwargs)
         lora.scatter_adapters_(self)
 
-    def add_adapter(self, *args, **kwargs) -> None:
-        """The host's `add_adapter`."""
-        super().add_adapter(*args, **kwargs)
+    def add_adapter(self, adapter_config, *args, **kwargs) -> None:
+        """The host's `add_adapter`, on the layers that are left."""
+        super().add_adapter(lora.without_removed_layers(adapter_config, self), *args, **kwargs)
         lora.scatter_adapters_(self)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from genprune.bench.candidate import Candidate, fingerprint, read_candidates
-from genprune.bench.compare import Measurement, compare_images
+from genprune.bench.compare import Measurement, SceneScores, compare_images
 from genprune.bench.data import BenchData, miniature_data, prompt_data
 from genprune.bench.errors import BadCandidate
 from genprune.bench.grading import scene_grader
@@ -35,6 +35,7 @@ def run_benchmark(
     reference: str | None = None,
     sampling: Sampling | None = None,
     extractors: Sequence[str | FeatureExtractor] | None = None,
+    scene_scores: SceneScores | None = None,
     controls: bool = True,
     latency_rounds: int = 10,
     memory: bool = True,
@@ -57,6 +58,7 @@ def run_benchmark(
         sampling: steps, guidance, size, seed, batch, dtype. Default: `Sampling()`.
         extractors: names from `instruments.INSTRUMENTS` or extractors. Default: the miniature's grader for its own
             scenes; Inception and CLIP for photographs; none for prompts alone.
+        scene_scores: grades pictures against `data.scenes`, as `scene_grader()` does, which is the default.
         controls: add the rows blank canvas, mean image and shuffled prompts.
         latency_rounds: timed rounds, 0 for no timing (then `speed` is empty).
         memory: measure peak memory, each candidate in a fresh process; candidates in memory are left out.
@@ -80,10 +82,11 @@ def run_benchmark(
     reference = _reference(entries, reference)
     data = miniature_data() if data is None else data if isinstance(data, BenchData) else prompt_data(data)
     progress = progress and state.is_main_process
-    tools, scores = [], None
+    tools = []
     if state.is_main_process:  # before hours of drawing: missing weights are found now
         tools = [tool.to(device) for tool in choose_instruments(extractors, data)]
-        scores = scene_grader() if data.scenes is not None else None
+        if data.scenes is not None and scene_scores is None:
+            scene_scores = scene_grader()
 
     described = []
     for entry in entries:
@@ -111,7 +114,7 @@ def run_benchmark(
         data,
         reference,
         extractors=tools,
-        scene_scores=scores,
+        scene_scores=scene_scores,
         controls=controls,
         resamples=resamples,
     )

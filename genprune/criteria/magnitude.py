@@ -15,25 +15,25 @@ from genprune.sites import Site, Sites, Slice
 
 @dataclass(frozen=True)
 class MagnitudeScores:
-    """Squared L2 norm of a unit's weights, each layer scaled to a mean square of 1 first.
+    """L2 norm of a unit's weights, in units of what its layers have on average: 1 is an average unit of any site.
 
-    For a site that slices layers (heads, neurons, channels, modulation), with `W_s` the layer of slice `s` as the
-    slice cuts it (all rows or columns that the site owns there, and for rows the bias too):
+    For a site that slices layers (heads, neurons, channels, modulation), with `W_s` the tensors that its slices cut
+    (weights, and biases of cut rows), `|W_s[u]|` the entries in them that unit u owns, and `rms(W_s)` over all units:
 
-        S_u = sum over slices s of ||W_s[u]||^2 / mean(W_s^2)
+        S_u = sqrt( sum_s ||W_s[u]||^2 / rms(W_s)^2  /  sum_s |W_s[u]| )
 
-    so that a unit of average weights scores its number of parameters, whatever the layer's scale, and scores add up.
-    Squared, because the global allocation divides by cost: two units that weigh as much as one must score as much.
+    so that neither a layer's scale nor its size matters, and kinds compare. For a site that goes as a whole (branch,
+    block, wrapper): the same over every parameter that leaves with it, with the root mean square over the parameters
+    in the same role (the same name below the site, over all sites of that kind): a block is measured against other
+    blocks' layers of the same name.
 
-    For a site that goes as a whole (branch, block, wrapper): the same sum over every parameter that leaves with it,
-    divided by the mean square of the parameters in the same role (the same name below the site, over all sites of
-    that kind): a block is measured against other blocks' layers of the same name.
+    These are ranks rather than losses, so an allocation does not divide them by cost.
     """
 
     name: ClassVar[str] = "magnitude"
     needs: ClassVar[tuple[str, ...]] = ("weights",)
-    additive: ClassVar[bool] = True
-    summary: ClassVar[str] = "squared weight norm, relative to the layer; no data"
+    additive: ClassVar[bool] = False
+    summary: ClassVar[str] = "weight norm relative to the layer; no data"
 
     def scores(self, model: nn.Module, sites: Sites, calibration=None) -> dict[str, Tensor]:
         """Site name -> scores of shape `(size,)`, float32 on the CPU."""
@@ -43,13 +43,14 @@ class MagnitudeScores:
 
 
 def _sliced(model: nn.Module, site: Site) -> Tensor:
-    score = torch.zeros(site.size)
+    energies, owned = torch.zeros(site.size), 0
     for piece in site.slices:
         for energy, entries in _unit_energies(model.get_submodule(piece.module), piece, site.size):
             total = energy.sum()
             if total > 0:  # a layer of zeros says nothing
-                score += energy * (entries * site.size / total)
-    return score
+                energies += energy * (entries * site.size / total)
+                owned += entries
+    return (energies / max(owned, 1)).sqrt()
 
 
 def _unit_energies(layer: nn.Module, piece: Slice, size: int) -> Iterable[tuple[Tensor, int]]:
@@ -68,10 +69,10 @@ def _unit_energies(layer: nn.Module, piece: Slice, size: int) -> Iterable[tuple[
 
 
 def _wholes(model: nn.Module, sites: list[Site]) -> dict[str, Tensor]:
-    energy: dict[str, list[tuple[tuple, float]]] = {}
-    roles: dict[tuple, list[float]] = {}  # role -> [sum of squares, entries]
+    parts: dict[str, list[tuple[tuple, float, int]]] = {}  # site -> (role, sum of squares, entries) of each tensor
+    roles: dict[tuple, tuple[float, int]] = {}  # role -> the same sums over all sites
     for site in sites:
-        energy[site.name] = []
+        parts[site.name] = []
         for change in site.emptied:
             removed = model.get_submodule(change.module)
             left = {id(p) for p in change.build(removed).parameters()}
@@ -79,11 +80,13 @@ def _wholes(model: nn.Module, sites: list[Site]) -> dict[str, Tensor]:
                 if id(parameter) in left:
                     continue
                 role = site.kind, re.sub(r"\d+", "*", change.module.rsplit(".", 1)[-1]), name
-                squares = float(parameter.detach().float().square().sum())
-                energy[site.name].append((role, squares))
-                sums = roles.setdefault(role, [0.0, 0])
-                sums[0], sums[1] = sums[0] + squares, sums[1] + parameter.numel()
-    return {
-        name: torch.tensor([sum(squares * roles[r][1] / roles[r][0] for r, squares in parts if roles[r][0] > 0)])
-        for name, parts in energy.items()
-    }
+                squares, entries = float(parameter.detach().float().square().sum()), parameter.numel()
+                parts[site.name].append((role, squares, entries))
+                before = roles.get(role, (0.0, 0))
+                roles[role] = before[0] + squares, before[1] + entries
+    scores = {}
+    for name, tensors in parts.items():
+        live = [(squares * roles[role][1] / roles[role][0], n) for role, squares, n in tensors if roles[role][0] > 0]
+        energy, entries = sum(e for e, _ in live), sum(n for _, n in live)
+        scores[name] = torch.tensor([energy / max(entries, 1)]).sqrt()
+    return scores

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -93,8 +93,9 @@ def test_plans_are_nested(sd15, of, allocation):
 
 
 def test_global_is_a_cut_through_one_ranking(hosts):
-    model, _ = hosts["sd"]
-    scores = gp.score(model, gp.Magnitude())
+    _, scores = hosts["sd"]
+    values = {name: value + 0.5 for name, value in scores.values.items()}
+    scores = replace(scores, values=values, method=gp.Taylor())  # scores that add up, and so are ranked per cost
     plan = scores.plan(keep=0.8)
     gone = plan.removed()
     ranked = {}

@@ -12,7 +12,7 @@ from genprune.criteria.magnitude import MagnitudeScores
 
 def naive(model, site):
     """Entry by entry, in float64."""
-    score = [0.0] * site.size
+    score, entries = [0.0] * site.size, 0
     for piece in site.slices:
         layer = model.get_submodule(piece.module)
         for tensor in (layer.weight, layer.bias) if piece.side == "out" else (layer.weight,):
@@ -24,11 +24,12 @@ def naive(model, site):
             ]
             owned = [rows[piece.offset + i] for i in range(site.size * piece.width)]
             mean_square = float(torch.stack(owned).square().mean())
+            entries += owned[0].numel() * piece.width if mean_square else 0
             for unit in range(site.size):
                 for i in range(piece.width):
                     if mean_square:
                         score[unit] += float(owned[unit * piece.width + i].square().sum()) / mean_square
-    return torch.tensor(score)
+    return (torch.tensor(score) / max(entries, 1)).sqrt()
 
 
 @pytest.mark.parametrize("host", HOSTS)
@@ -39,7 +40,7 @@ def test_equals_the_naive_sum(host):
     for kind in sites.kinds():
         site = next(iter(sites.of_kind(kind).values()))
         if site.slices:
-            torch.testing.assert_close(scores[site.name], naive(model, site), rtol=1e-4, atol=1e-3)
+            torch.testing.assert_close(scores[site.name], naive(model, site), rtol=1e-4, atol=1e-5)
 
 
 def test_scale_of_a_layer_does_not_matter_but_of_a_unit_does():
@@ -50,7 +51,7 @@ def test_scale_of_a_layer_does_not_matter_but_of_a_unit_does():
     query = model.get_submodule(heads.path).to_q
     with torch.no_grad():
         query.weight.mul_(7)
-    torch.testing.assert_close(MagnitudeScores().scores(model, sites)[heads.name], before, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(MagnitudeScores().scores(model, sites)[heads.name], before, rtol=1e-4, atol=1e-5)
     with torch.no_grad():
         query.weight[: query.out_features // heads.size].mul_(7)
     after = MagnitudeScores().scores(model, sites)[heads.name]
@@ -68,3 +69,14 @@ def test_whole_sites_are_measured_against_their_own_kind():
     after = MagnitudeScores().scores(model, sites)
     assert after[blocks[0]] > before[blocks[0]]
     assert all(after[name] < before[name] for name in blocks[1:])
+
+
+def test_an_average_unit_scores_one_whatever_the_kind():
+    model = sd_unet()
+    sites = gp.find_sites(model)
+    scores = MagnitudeScores().scores(model, sites)
+    for name, site in sites.items():
+        if site.slices:
+            assert float(scores[name].square().mean()) == pytest.approx(1, rel=1e-4)
+        else:
+            assert 0.3 < float(scores[name]) < 3

@@ -118,9 +118,11 @@ class PrunedAdapterMixin(PrunedMixin):
         super().load_lora_adapter(state_dict, prefix=prefix, hotswap=hotswap, **kwargs)
         lora.scatter_adapters_(self)
 
-    def add_adapter(self, adapter_config, *args, **kwargs) -> None:
+    def add_adapter(self, adapter_config, adapter_name: str = "default") -> None:
         """The host's `add_adapter`, on the layers that are left."""
-        super().add_adapter(lora.without_removed_layers(adapter_config, self), *args, **kwargs)
+        super().add_adapter(lora.without_removed_layers(adapter_config, self), adapter_name)
+        if hasattr(adapter_config, "exclude_modules"):
+            self.peft_config[adapter_name].exclude_modules = adapter_config.exclude_modules  # as the user gave it
         lora.scatter_adapters_(self)
 
 

@@ -20,7 +20,7 @@ from genprune.widths import first_units
 
 
 def export_stock(target: Any, folder: str | os.PathLike) -> Path:
-    """Write a pruned model or pipeline as its stock class: blocks renumbered, no trace of genprune.
+    """Write a pruned model or pipeline as its stock class: blocks renumbered, genprune not needed.
 
     Whole transformer blocks can be said by a stock configuration in every family, one MLP width for all blocks in
     timm. `target` itself stays as it is and shares its weights with what is written.
@@ -91,7 +91,7 @@ def _not_stock(family: Family, dense: nn.Module, sites, keep) -> str:
     listed = ", ".join(f"'{n}' (keeps {int(keep[n].sum())} of {keep[n].numel()})" for n in names[:3])
     return (
         f"no stock {host_name(dense)} configuration says what this model lost: {len(names)} sites are in the way, "
-        f"{listed}{', ...' if len(names) > 3 else ''}. Expected only whole blocks, as the host's configuration counts them"
-        f"{', or one MLP width for all' if family.library == 'timm' else ''}. Save it with "
+        f"{listed}{', ...' if len(names) > 3 else ''}. Expected only whole blocks, as the host counts "
+        f"them{', or one MLP width for all' if family.library == 'timm' else ''}. Save it with "
         "pipe.save_pretrained or gp.save_model instead, and load it with genprune imported."
     )

@@ -9,7 +9,17 @@ import pkgutil
 import diffusers
 import pytest
 import torch
-from cut_models import DIFFUSERS_HOSTS, cut_model, dense, difference, no_pickle_in, plan_for, run, same_state, without_block
+from cut_models import (
+    DIFFUSERS_HOSTS,
+    cut_model,
+    dense,
+    difference,
+    no_pickle_in,
+    plan_for,
+    run,
+    same_state,
+    without_block,
+)
 from safetensors.torch import load_file, save_file
 
 import genprune as gp
@@ -134,12 +144,15 @@ def test_deep_copies_and_casts(tmp_path):
 def test_a_plan_that_keeps_everything_leaves_the_stock_class():
     model = dense("sd")
     before = copy.deepcopy(model)
-    gp.cut(model, gp.PruningPlan(plan_base(model), {n: torch.ones(s.size).bool() for n, s in gp.find_sites(model).items()}))
+    gp.cut(
+        model,
+        gp.PruningPlan(plan_base(model), {n: torch.ones(s.size).bool() for n, s in gp.find_sites(model).items()}),
+    )
     assert type(model) is type(before) and "pruning" not in model.config
     same_state(model, before)
 
 
-# ---- refusals: nothing changes, and the message says what to do ------------------------------------------------------
+# ---- refusals: nothing changes, and the message says what to do ----------------------------------------------------
 
 
 def test_a_users_own_subclass_is_refused_before_the_cut():

@@ -5,7 +5,8 @@
 
 Without data flags the prompts are captions of the embedded miniature's test split. Every process draws its share; the
 number of processes changes no pixel. Started again, it draws only what is missing. Results: out/result.json and
-out/report.html.
+out/report.html. On a CPU start several processes with `torchrun --nproc_per_node 2 scripts/benchmark.py ...`:
+accelerate's own launcher needs MPI there.
 """
 
 from __future__ import annotations
@@ -64,6 +65,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "after the flag for none; default: what fits the data",
     )
     add("--latency_rounds", type=int, default=10, help="timed rounds; 0 for no timing")
+    add("--cpu", action="store_true", help="run on the CPU even where there is an accelerator")
     add("--no_memory", action="store_true", help="do not measure peak memory")
     add("--no_controls", action="store_true", help="leave out the rows blank canvas, mean image, shuffled prompts")
     return parser.parse_args(arguments)
@@ -116,6 +118,7 @@ def main(arguments: list[str] | None = None) -> int:
             controls=not args.no_controls,
             latency_rounds=args.latency_rounds,
             memory=not args.no_memory,
+            device="cpu" if args.cpu else None,
         )
     except (GenpruneError, ModuleNotFoundError) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)

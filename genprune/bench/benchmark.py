@@ -75,7 +75,8 @@ def run_benchmark(
     """
     from accelerate import PartialState
 
-    state = PartialState()
+    # without cpu=True accelerate takes several CPU processes for unrelated ones
+    state = PartialState(cpu=not torch.accelerator.is_available() or str(device) == "cpu")
     device = torch.device(device) if device is not None else state.device
     out, sampling = Path(out), sampling or Sampling()
     entries = read_candidates(candidates)

@@ -21,10 +21,10 @@ def test_two_processes_give_the_pixels_of_one(folders, pipeline, tmp_path):
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     flags = ["--candidates", f"dense={folders['dense']}", f"changed={folders['changed']}", "--prompts", *PROMPTS]
     flags += ["--num_inference_steps", "2", "--guidance_scale", "3", "--seed", "7", "--batch_size", "2"]
-    flags += ["--output_dir", str(tmp_path / "two"), "--latency_rounds", "0", "--no_memory", "--extractors"]
+    flags += ["--output_dir", str(tmp_path / "two"), "--latency_rounds", "0", "--no_memory", "--cpu", "--extractors"]
     done = subprocess.run(
         [*launch, str(ROOT / "scripts" / "benchmark.py"), *flags],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
     )

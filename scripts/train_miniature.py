@@ -78,6 +78,11 @@ def loop_config(arguments: argparse.Namespace) -> LoopConfig:
     return LoopConfig(**{**defaults, **given, "output_dir": arguments.output_dir / folder})
 
 
+def batch_size_of(arguments: argparse.Namespace) -> int:
+    """Pictures a step, of all processes together."""
+    return arguments.train_batch_size or DEFAULTS[arguments.stage]["train_batch_size"]
+
+
 def load_data(arguments: argparse.Namespace) -> EmojiScenes | CaptionedImages:
     if arguments.dataset_name or arguments.train_data_dir:
         return CaptionedImages(
@@ -95,7 +100,7 @@ def build_stage(arguments: argparse.Namespace):
     from scripts.miniature import assembly
 
     torch.manual_seed(arguments.seed)
-    batch_size = arguments.train_batch_size or DEFAULTS[arguments.stage]["train_batch_size"]
+    batch_size = batch_size_of(arguments)
     if arguments.stage == "grader":
         from genprune.miniature.grader import Grader
         from scripts.miniature.grading import GraderStage
@@ -122,6 +127,7 @@ def main(argv: list[str] | None = None) -> None:
         config = loop_config(arguments)
         config.output_dir.mkdir(parents=True, exist_ok=True)
         shown = {name: str(value) if isinstance(value, Path) else value for name, value in vars(config).items()}
+        shown["train_batch_size"] = batch_size_of(arguments)
         (config.output_dir / "config.json").write_text(json.dumps(shown, indent=1) + "\n")
         train(build_stage(arguments), config, arguments.resume_from_checkpoint)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -20,7 +20,7 @@ from genprune.miniature import grammar
 from genprune.miniature.grader import Grader, chance, grade
 
 from .assembly import assemble_pipeline, averaged_weights, load_autoencoder
-from .denoiser import draw
+from .denoiser import decode, draw_latents
 from .grading import stack
 from .pictures import contact_sheet, to_tensor, to_uint8
 from .report import write_report
@@ -76,7 +76,7 @@ def evaluate(arguments: argparse.Namespace) -> dict:
     last_step = json.loads((final.parent / "state.json").read_text())["step"]
     batch = json.loads((output / arguments.arch / "config.json").read_text())["train_batch_size"]
     for step, path in [rung for rung in rungs if rung[0] < last_step] + [(last_step, final)]:
-        pictures = draw_all(assemble_pipeline(output, arguments.arch, path), scenes)
+        pictures = draw_all(output, arguments.arch, path, step, scenes)
         ladder.append({"step": step, "samples_seen": step * batch, **judge.row(pictures)})
         print(json.dumps(ladder[-1]))
 
@@ -111,17 +111,23 @@ def grade_real(grader: Grader, n: int) -> dict[str, float]:
     return grade(stack(scenes), scenes, grader)
 
 
-def draw_all(pipeline, scenes: list[grammar.Scene], batch_size: int = 64) -> Tensor:
-    """uint8 `(N, 3, 64, 64)`; noise of picture i is seeded by `SEED + i`. Runs the embedded float16 values."""
-    parts = [pipeline.unet, pipeline.text_encoder, pipeline.vae]
-    for part in parts:
+def draw_all(output: Path, arch: str, weights: Path, step: int, scenes: list[grammar.Scene]) -> Tensor:
+    """uint8 `(N, 3, 64, 64)` of one rung in the embedded float16 values; noise of picture i is seeded by `SEED + i`.
+
+    Latents are kept in the output folder, so that a rung is drawn once, whatever becomes of the decoder later.
+    """
+    pipeline = assemble_pipeline(output, arch, weights)
+    for part in (pipeline.unet, pipeline.text_encoder, pipeline.vae):
         part.half().float()
-    captions, drawn = [grammar.caption(scene) for scene in scenes], []
-    for start in tqdm(range(0, len(captions), batch_size), desc="draw"):
-        batch = captions[start : start + batch_size]
-        arguments = (pipeline.unet, pipeline.text_encoder, pipeline.vae, pipeline.tokenizer, pipeline.scheduler)
-        drawn.append(to_uint8(draw(*arguments, batch, seed=SEED + start, **SAMPLER)))
-    return torch.from_numpy(np.concatenate(drawn)).permute(0, 3, 1, 2).contiguous()
+    path = output / arch / f"latents-{step}-{len(scenes)}.safetensors"
+    if not path.is_file():
+        captions, drawn = [grammar.caption(scene) for scene in scenes], []
+        parts = (pipeline.unet, pipeline.text_encoder, pipeline.tokenizer, pipeline.scheduler)
+        for start in tqdm(range(0, len(captions), 64), desc=f"draw {step}"):
+            drawn.append(draw_latents(*parts, captions[start : start + 64], seed=SEED + start, **SAMPLER))
+        save_file({"latents": torch.cat(drawn).contiguous()}, path)
+    pictures = to_uint8(decode(pipeline.vae, load_file(path)["latents"]))
+    return torch.from_numpy(pictures).permute(0, 3, 1, 2).contiguous()
 
 
 def baseline_rows(judge: Judge, scenes, real: Tensor, generated: Tensor, vae) -> dict[str, dict]:

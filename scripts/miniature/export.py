@@ -31,6 +31,9 @@ def export(arguments: argparse.Namespace) -> Path:
     folder, written = target / "pipeline", target / ".pipeline-writing"
     shutil.rmtree(written, ignore_errors=True)
     pipeline.save_pretrained(written, max_shard_size="7MB")
+    # transformers 5 writes tokenizer.json alone; version 4's CLIPTokenizer reads these two
+    for name in ("vocab.json", "merges.txt"):
+        shutil.copy(arguments.output_dir / arguments.arch / "tokenizer" / name, written / "tokenizer")
     # where no type is asked for, transformers loads in the recorded one and diffusers in float32; a half text encoder
     # in front of a float32 denoiser would crash, so the record says float32 (the file stays float16)
     config = written / "text_encoder" / "config.json"

@@ -211,13 +211,14 @@ class SiteCosts:
             site = self.sites[name]
             if width == site.size or any(widths.get(above) == 0 for above in self.sites.ancestors(name)):
                 continue
-            if width == 0 and site.emptied:
+            replaced = width == 0 and name in self.emptied
+            if replaced:
                 params, macs = params - self.emptied[name][0], macs - self.emptied[name][1]
-                continue
             for piece in site.slices:
-                key = piece.module, piece.side
-                gone[key] = gone.get(key, 0) + (site.size - width) * piece.width
-            if site.attention is not None:
+                if site.shrinks(piece.module, width):
+                    key = piece.module, piece.side
+                    gone[key] = gone.get(key, 0) + (site.size - width) * piece.width
+            if site.attention is not None and not replaced:
                 matmuls = self.total.modules[site.attention].macs
                 macs -= matmuls * (site.size - width) // site.size
         for path in dict.fromkeys(path for path, _ in gone):

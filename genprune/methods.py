@@ -1,30 +1,19 @@
-"""The named methods, and the verbs that run them: `score` and `make_plan`."""
+"""The named methods: frozen dataclasses that say how to score, and what a plan has to meet."""
 
 from __future__ import annotations
 
-import copy
 import dataclasses
-import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
-from torch import nn
-
 from genprune.allocation import ALLOCATIONS
 from genprune.allocation.request import check_budget, check_kinds
-from genprune.costs import dense_costs, site_costs
-from genprune.costs import operating_point as operating_point_of
-from genprune.criteria import checked_scores, criterion_named
-from genprune.cutting import plan_base, pruned_widths
+from genprune.criteria import criterion_named
 from genprune.denoising import calibration_batches
 from genprune.errors import GenpruneError, nearest
-from genprune.families import OperatingPoint, denoiser, denoiser_slot, family_of, find_sites
-from genprune.plan import PruningPlan
-from genprune.scores import Scores
+from genprune.families import denoiser_slot
 
 FORMAT_VERSION = 1
 
@@ -259,161 +248,3 @@ def _check_range(name: str, value: Any, low: float, high: float) -> None:
 def _check_whole(name: str, value: Any, low: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < low:
         raise GenpruneError(f"{name}={value!r}; expected a whole number of at least {low}.")
-
-
-# ---- the verbs ------------------------------------------------------------------------------------------------------
-
-
-def score(
-    target,
-    method: Method,
-    *,
-    prompts: Sequence[str] | None = None,
-    data: Any = None,
-    loss_fn: Callable[..., torch.Tensor] | None = None,
-    operating_point: OperatingPoint | Mapping[str, int] | None = None,
-    seed: int | None = None,
-    progress: bool = True,
-) -> Scores:
-    """The importance of every unit of a model; one run serves plans for every budget. The target is not changed.
-
-    Args:
-        target: a diffusers pipeline, or a supported model.
-        method: which method, and the default budget and constraints of `Scores.plan`.
-        prompts: calibration prompts, for methods that need gradients on a text-to-image pipeline.
-        data: what else to calibrate on; see `Taylor`.
-        loss_fn: `loss_fn(model, batch) -> scalar`, for a bare model with a loss of its own.
-        operating_point: where MACs are counted, whole or some fields, and the size of the pictures that a pipeline
-            draws to calibrate on. Default: the family's, and the pipeline's default size.
-        seed: replaces `method.seed`.
-        progress: show a progress bar.
-
-    Returns:
-        `Scores` of all kinds of sites, or of `method.kinds` where the method names some.
-
-    Raises:
-        UnsupportedModel: no family knows the model. BadCalibrationData: prompts or data are missing, empty or of the
-        wrong shape. NoMatchingSites: the model has no site of a kind. GenpruneError: a score is not finite.
-    """
-    if not isinstance(method, Method):
-        raise GenpruneError(
-            f"method is {method!r}; expected one such as gp.Magnitude(keep=0.8). See genprune.methods.methods()."
-        )
-    if seed is not None:
-        method = method.changed(seed=seed)
-    model = denoiser(target)
-    sites = find_sites(model)
-    chosen = sites.of_kind(*method.kinds) if method.kinds else sites
-    if method.protect:
-        sites.match(*method.protect)  # a pattern that matches nothing is refused before any work
-    point = _point(model, operating_point)
-    criterion = method.criterion()
-    with untouched(model):
-        size = _image_size(target, point) if operating_point else {}
-        calibration = method.calibration(target, prompts, data, loss_fn, size, progress)
-        values = checked_scores(criterion.scores(model, chosen, calibration), chosen, criterion.name)
-    made_by = {"method": method.name, "settings": method.to_json(), "seed": method.seed}
-    if prompts is not None:
-        text = json.dumps(list(prompts))
-        made_by |= {"prompts": len(prompts), "prompts_sha256": hashlib.sha256(text.encode()).hexdigest()}
-    costs = site_costs(model, point, sites)
-    # Budgets count against the dense model, also where an earlier cut made this one smaller.
-    dense = dense_costs(model, **dataclasses.asdict(point)) if pruned_widths(model) else costs.total
-    return Scores(values, method, plan_base(model), costs, dense, made_by)
-
-
-def make_plan(
-    target,
-    method: Method,
-    *,
-    prompts: Sequence[str] | None = None,
-    data: Any = None,
-    loss_fn: Callable[..., torch.Tensor] | None = None,
-    operating_point: OperatingPoint | Mapping[str, int] | None = None,
-    seed: int | None = None,
-    progress: bool = True,
-    measure_latency: bool = False,
-) -> PruningPlan:
-    """Decide what stays under the method's budget. The target is not changed; `gp.cut(target, plan)` does that.
-
-    Args:
-        measure_latency: also cut a copy, and time it in turns with the dense model on the device that the model is
-            on. Needs memory for a second model.
-        The others: as in `score`.
-
-    Returns:
-        A `PruningPlan` with params and MACs of dense and pruned, and with latency where it was measured.
-
-    Raises:
-        BudgetUnreachable: with a table of what is reachable. Others: as in `score`.
-    """
-    scores = score(
-        target,
-        method,
-        prompts=prompts,
-        data=data,
-        loss_fn=loss_fn,
-        operating_point=operating_point,
-        seed=seed,
-        progress=progress,
-    )
-    plan = scores.plan()
-    return with_latency(denoiser(target), plan) if measure_latency else plan
-
-
-def with_latency(target, plan: PruningPlan, rounds: int = 10) -> PruningPlan:
-    """The plan with measured latency: a cut copy and the model itself, one call each in turns.
-
-    Args:
-        target: the model, or the pipeline, that the plan is for; on the device to time.
-        plan: its operating point is the input.
-        rounds: timed calls of each.
-
-    Returns:
-        The plan with `dense_latency_ms` and `latency_ms` (medians) in `figures`, and the device in `made_by`.
-    """
-    from genprune.cutting import cut
-    from genprune.metrics.latency import compare_latency
-
-    model = denoiser(target)
-    point = OperatingPoint(**plan.operating_point)
-    parameter = next(model.parameters())
-    inputs = family_of(model).example_inputs(model, point, parameter.device, parameter.dtype)
-    with untouched(model), torch.inference_mode():
-        small = cut(copy.deepcopy(model), plan)
-        calls = {"dense": lambda: model(**inputs), "pruned": lambda: small(**inputs)}
-        timed = compare_latency(calls, "dense", device=parameter.device, rounds=rounds)
-    latency = {"dense_latency_ms": timed.median_ms["dense"], "latency_ms": timed.median_ms["pruned"]}
-    return dataclasses.replace(
-        plan,
-        figures={**plan.figures, **latency},
-        made_by={**plan.made_by, "latency_device": timed.device, "latency_threads": timed.threads},
-    )
-
-
-def _point(model: nn.Module, given: OperatingPoint | Mapping[str, int] | None) -> OperatingPoint:
-    if isinstance(given, OperatingPoint):
-        given = dataclasses.asdict(given)
-    return operating_point_of(model, **(given or {}))
-
-
-def _image_size(target, point: OperatingPoint) -> dict[str, int]:
-    """Height and width in image pixels that give a pipeline's denoiser its operating point."""
-    factor = getattr(target, "vae_scale_factor", None)
-    return {} if factor is None else {"height": point.height * factor, "width": point.width * factor}
-
-
-@contextmanager
-def untouched(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode with frozen parameters inside; modes and `requires_grad` as they were afterwards."""
-    modes = {module: module.training for module in model.modules()}
-    frozen = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    try:
-        model.eval()
-        model.requires_grad_(False)
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-        for parameter, flag in frozen:
-            parameter.requires_grad_(flag)

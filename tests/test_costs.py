@@ -118,6 +118,17 @@ def test_gated_models_and_pipelines_count_the_same():
         assert gp.count_costs(model) == plain
 
 
+def test_offloaded_models_count_the_same():
+    from accelerate import cpu_offload
+
+    model = sd_unet()
+    plain = gp.count_costs(model)
+    cpu_offload(model, execution_device="cpu")
+    assert next(model.parameters()).device.type == "meta"
+    assert gp.count_costs(model) == plain
+    assert hasattr(model.conv_in, "_hf_hook") and model.conv_in.forward is not type(model.conv_in).forward
+
+
 def test_units_do_not_count_twice():
     costs = site_costs(sd_unet())
     sites = costs.sites

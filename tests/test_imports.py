@@ -20,7 +20,7 @@ FLOORS = (
     ("gates", "cutting", "costs", "widths", "saving", "pruned_models", "stock", "slice_loading", "lora", "lora_names"),
     ("denoising", "metrics"),
     ("criteria", "masks", "allocation", "schedules", "recovery", "tokens", "scores"),
-    ("methods",),
+    ("methods", "planning"),
     ("routers",),
     ("pipelines",),
     ("bench",),

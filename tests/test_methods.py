@@ -12,7 +12,7 @@ from tiny_pipelines import ddpm_pipeline, sd_pipeline
 
 import genprune as gp
 from genprune.errors import BadCalibrationData, BudgetUnreachable, GenpruneError, NoMatchingSites, UnsupportedModel
-from genprune.methods import Method, method_from_json, method_named, methods, score
+from genprune.methods import Method, method_from_json, method_named, methods
 
 PROMPTS = ["a cat", "two dogs"]
 FAST = {"timesteps": 2, "steps": 2, "batch_size": 2}
@@ -74,7 +74,7 @@ def test_a_plan_cuts_what_it_says(pipe, method, tmp_path):
 
 
 def test_one_run_serves_every_budget(pipe):
-    scores = score(pipe, gp.Taylor(**FAST), prompts=PROMPTS, operating_point=SIZE, progress=False)
+    scores = gp.score(pipe, gp.Taylor(**FAST), prompts=PROMPTS, operating_point=SIZE, progress=False)
     for keep, of in ((0.9, "params"), (0.7, "macs"), (0.8, "units")):
         direct = gp.make_plan(
             pipe, gp.Taylor(keep=keep, of=of, **FAST), prompts=PROMPTS, operating_point=SIZE, progress=False
@@ -95,10 +95,20 @@ def test_taylor_finds_units_that_do_nothing(pipe):
         down.weight[:, idle] = 0
     other = copy.copy(pipe)
     other.unet = model
-    scores = score(other, gp.Taylor(**FAST), prompts=PROMPTS, operating_point=SIZE, progress=False)
+    scores = gp.score(other, gp.Taylor(**FAST), prompts=PROMPTS, operating_point=SIZE, progress=False)
     assert torch.equal(scores.values[name] == 0, idle)
     plan = scores.plan(keep=0.98, kinds=("neurons",))
     assert not plan.keep[name][idle].any()
+
+
+def test_bfloat16_pipelines(pipe):
+    small = copy.deepcopy(pipe).to(torch.bfloat16)
+    full = gp.score(pipe, gp.Taylor(**FAST), prompts=PROMPTS, operating_point=SIZE, progress=False)
+    half = gp.score(small, gp.Taylor(**FAST), prompts=PROMPTS, operating_point=SIZE, progress=False)
+    assert next(small.unet.parameters()).dtype == torch.bfloat16
+    name = next(iter(full.costs.sites.of_kind("neurons")))
+    both = torch.stack([full.values[name], half.values[name]])
+    assert torch.corrcoef(both)[0, 1] > 0.9  # bfloat16 keeps 8 bits of each gradient
 
 
 def test_unconditional_pipelines_and_bare_models():

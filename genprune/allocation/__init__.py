@@ -7,11 +7,7 @@ not depend on the budget, plans for a smaller budget contain those for a larger 
 from __future__ import annotations
 
 from genprune.allocation.fit import fit
-from genprune.allocation.global_ import global_order
+from genprune.allocation.orders import ALLOCATIONS
 from genprune.allocation.request import Request, default_kinds
-from genprune.allocation.uniform import uniform_order
-
-# Name -> order: (steps, additive) -> sort key of each step, ascending = goes first.
-ALLOCATIONS = {"global": global_order, "uniform": uniform_order}
 
 __all__ = ["ALLOCATIONS", "Request", "default_kinds", "fit"]

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from genprune.allocation.orders import ALLOCATIONS
 from genprune.allocation.reachable import refuse
 from genprune.allocation.request import Request, check_budget, check_kinds, eligible
 from genprune.allocation.steps import Steps, make_steps, masks_of
@@ -53,8 +54,6 @@ def fit(
         BudgetUnreachable: no legal plan is that small, or the model is smaller already.
         NoMatchingSites: kinds or patterns match nothing. GenpruneError: `keep`, `of` or `allocation` is out of range.
     """
-    from genprune.allocation import ALLOCATIONS
-
     check_budget(request.keep, request.of)
     check_kinds(request.kinds)
     if request.allocation not in ALLOCATIONS:

@@ -13,7 +13,7 @@ from genprune.denoising import DenoisingBatch, ImageBatch
 from genprune.errors import BadCalibrationData, GenpruneError
 from genprune.families import OperatingPoint, family_of
 from genprune.gates import attach_gates
-from genprune.methods import untouched
+from genprune.planning import untouched
 
 
 def batch_for(model, rows=2, timestep=500.0, seed=0):

@@ -7,9 +7,7 @@ step. So a run needs no saved random state, and one that was interrupted and res
 from __future__ import annotations
 
 import json
-import logging
 import math
-import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,11 +16,10 @@ from typing import Protocol
 
 import torch
 from accelerate import Accelerator, PartialState
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-logger = logging.getLogger("train_miniature")
+from .checkpoints import TrainingState, find_checkpoint, load_checkpoint, save_averaged, save_checkpoint
 
 
 class Stage(Protocol):
@@ -129,148 +126,70 @@ def train(stage: Stage, config: LoopConfig, resume_from_checkpoint: str | None =
     config.output_dir.mkdir(parents=True, exist_ok=True)
     process_state()
     accelerator = Accelerator(mixed_precision=config.mixed_precision, cpu=not torch.cuda.is_available())
-    rank, world, main = accelerator.process_index, accelerator.num_processes, accelerator.is_main_process
-    modules = stage.modules.to(accelerator.device).train()
-    names, parameters = zip(*((n, p) for n, p in modules.named_parameters() if p.requires_grad), strict=True)
-    optimizer = torch.optim.AdamW(
-        parameters,
-        lr=config.learning_rate,
-        betas=(0.9, config.adam_beta2),
-        weight_decay=config.adam_weight_decay,
-        fused=True,
-    )
-    averaged = {name: tensor.detach().clone() for name, tensor in modules.state_dict().items()}
-    start, seconds = 0, 0.0
+    state = TrainingState(stage.modules.to(accelerator.device).train(), config)
     folder = find_checkpoint(config.output_dir, resume_from_checkpoint)
-    if folder is not None:
-        start, seconds = load_checkpoint(folder, modules, averaged, optimizer, names, parameters)
-    began = time.perf_counter() - seconds
-    ladder = {max(1, round(share * config.max_train_steps)) for share in config.ladder}
-    bar = tqdm(
-        range(start, config.max_train_steps),
-        initial=start,
-        total=config.max_train_steps,
-        mininterval=10,
-        disable=not main,
-    )
-    running: dict[str, float] = {}
-    for step in bar:
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate_at(step, config)
-        seed_step(config.seed, step, rank)
-        with accelerator.autocast():
-            loss, figures = stage.loss(step, rank, world)
-        accelerator.backward(loss)
-        average_gradients(parameters, world)
-        norm = nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        done = step + 1
-        _average(averaged, modules, min(config.ema_decay, (1 + step) / (10 + step)))
-        if not main:
+    start, seconds = (0, 0.0) if folder is None else load_checkpoint(folder, state)
+    log = Log(config, start, seconds, quiet=not accelerator.is_main_process)
+    for step in log.bar:
+        figures = train_step(stage, state, config, accelerator, step)
+        if not accelerator.is_main_process:
             continue
-        for key, value in {"loss": float(loss.detach()), "grad_norm": float(norm), **figures}.items():
-            running[key] = 0.98 * running.get(key, value) + 0.02 * value
-        if done % 50 == 0:
-            bar.set_postfix({key: f"{value:.4g}" for key, value in running.items()})
-        if done % 100 == 0 or done == config.max_train_steps:
-            record = {"step": done, "seconds": round(time.perf_counter() - began, 1)}
-            record |= {key: float(f"{value:.5g}") for key, value in running.items()}
-            with (config.output_dir / "log.jsonl").open("a") as log:
-                log.write(json.dumps(record) + "\n")
-        if done in ladder:
-            _save(averaged, config.output_dir / f"ema-{done}.safetensors")
-        if done % config.checkpointing_steps == 0 or done == config.max_train_steps:
-            seconds = time.perf_counter() - began
-            save_checkpoint(config, done, seconds, modules, averaged, optimizer, names, parameters)
-        if done % config.preview_steps == 0 or done == config.max_train_steps:
-            with swapped(modules, averaged):
-                stage.preview(config.output_dir, done)
-    modules.load_state_dict(averaged)
+        log.add(step + 1, figures)
+        keep_results(stage, state, config, step + 1, log.seconds())
+    state.modules.load_state_dict(state.averaged)
     return config.max_train_steps
 
 
-@torch.no_grad()
-def _average(averaged: dict[str, Tensor], modules: nn.Module, decay: float) -> None:
-    for name, tensor in modules.state_dict().items():
-        if tensor.is_floating_point():
-            averaged[name].lerp_(tensor, 1 - decay)
-        else:
-            averaged[name].copy_(tensor)
+def train_step(
+    stage: Stage, state: TrainingState, config: LoopConfig, accelerator: Accelerator, step: int
+) -> dict[str, float]:
+    """One optimizer step, in place; returns figures for the log."""
+    for group in state.optimizer.param_groups:
+        group["lr"] = learning_rate_at(step, config)
+    seed_step(config.seed, step, accelerator.process_index)
+    with accelerator.autocast():
+        loss, figures = stage.loss(step, accelerator.process_index, accelerator.num_processes)
+    accelerator.backward(loss)
+    average_gradients(state.parameters, accelerator.num_processes)
+    norm = nn.utils.clip_grad_norm_(state.parameters, config.max_grad_norm)
+    state.optimizer.step()
+    state.optimizer.zero_grad(set_to_none=True)
+    state.average(min(config.ema_decay, (1 + step) / (10 + step)))
+    return {"loss": float(loss.detach()), "grad_norm": float(norm), **figures}
 
 
-class swapped:  # noqa: N801 (used as a verb)
-    """Context in which `modules` hold the averaged weights and are in evaluation mode; both are undone afterwards."""
-
-    def __init__(self, modules: nn.Module, averaged: dict[str, Tensor]) -> None:
-        self.modules, self.averaged = modules, averaged
-
-    def __enter__(self) -> None:
-        self.kept = {name: tensor.detach().clone() for name, tensor in self.modules.state_dict().items()}
-        self.modules.load_state_dict(self.averaged)
-        self.modules.eval()
-
-    def __exit__(self, *exception) -> None:
-        self.modules.load_state_dict(self.kept)
-        self.modules.train()
+def keep_results(stage: Stage, state: TrainingState, config: LoopConfig, done: int, seconds: float) -> None:
+    """Rung of the ladder, checkpoint and preview, where `done` steps ask for one."""
+    last = done == config.max_train_steps
+    if done in {max(1, round(share * config.max_train_steps)) for share in config.ladder}:
+        save_averaged(state, config.output_dir / f"ema-{done}.safetensors")
+    if last or done % config.checkpointing_steps == 0:
+        save_checkpoint(config, done, seconds, state)
+    if last or done % config.preview_steps == 0:
+        with state.averaged_in_place():
+            stage.preview(config.output_dir, done)
 
 
-def _save(tensors: dict[str, Tensor], path: Path) -> None:
-    # channels-last weights are not contiguous, and safetensors stores contiguous tensors only
-    save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, path)
+class Log:
+    """Progress bar and `log.jsonl`, both of running means over about 50 steps."""
 
+    def __init__(self, config: LoopConfig, start: int, seconds: float, quiet: bool) -> None:
+        self.config, self.running = config, {}
+        self.began = time.perf_counter() - seconds
+        total = config.max_train_steps
+        self.bar = tqdm(range(start, total), initial=start, total=total, mininterval=10, disable=quiet)
 
-def find_checkpoint(output_dir: Path, resume_from_checkpoint: str | None) -> Path | None:
-    """The checkpoint folder to resume from, or None to start anew ("latest" in an empty folder starts anew).
+    def seconds(self) -> float:
+        """Seconds trained, those before an interruption included."""
+        return time.perf_counter() - self.began
 
-    Raises:
-        FileNotFoundError: a named checkpoint does not exist.
-    """
-    if resume_from_checkpoint is None:
-        return None
-    if resume_from_checkpoint == "latest":
-        found = sorted(output_dir.glob("checkpoint-*[0-9]"), key=lambda path: int(path.name.split("-")[1]))
-        return found[-1] if found else None
-    folder = Path(resume_from_checkpoint)
-    folder = folder if folder.is_dir() else output_dir / resume_from_checkpoint
-    if not (folder / "state.json").is_file():
-        raise FileNotFoundError(f"no checkpoint at {folder}; pass a checkpoint folder or 'latest'")
-    return folder
-
-
-def save_checkpoint(config, step, seconds, modules, averaged, optimizer, names, parameters) -> None:
-    """Write `checkpoint-{step}` under a temporary name, rename it, then delete checkpoints over the limit."""
-    final = config.output_dir / f"checkpoint-{step}"
-    folder = config.output_dir / f".writing-{step}"
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
-    moments = {}
-    for name, parameter in zip(names, parameters, strict=True):
-        for key, value in optimizer.state[parameter].items():
-            moments[f"{key}.{name}"] = value.detach()
-    _save(modules.state_dict(), folder / "model.safetensors")
-    _save(averaged, folder / "ema.safetensors")
-    _save(moments, folder / "optimizer.safetensors")
-    (folder / "state.json").write_text(json.dumps({"step": step, "seconds": seconds, "seed": config.seed}))
-    shutil.rmtree(final, ignore_errors=True)
-    folder.rename(final)
-    found = sorted(config.output_dir.glob("checkpoint-*[0-9]"), key=lambda path: int(path.name.split("-")[1]))
-    for old in found[: -config.checkpoints_total_limit]:
-        shutil.rmtree(old)
-
-
-def load_checkpoint(folder, modules, averaged, optimizer, names, parameters) -> tuple[int, float]:
-    """Put a checkpoint's weights, averages and optimizer moments back; returns its step and seconds trained."""
-    modules.load_state_dict(load_file(folder / "model.safetensors"))
-    for name, tensor in load_file(folder / "ema.safetensors").items():
-        averaged[name].copy_(tensor)
-    moments = load_file(folder / "optimizer.safetensors")
-    for name, parameter in zip(names, parameters, strict=True):
-        # moments get the memory layout of their parameter back, as the optimizer would have made them
-        optimizer.state[parameter] = {
-            key: torch.empty_like(parameter).copy_(moments[f"{key}.{name}"]) for key in ("exp_avg", "exp_avg_sq")
-        }
-        optimizer.state[parameter]["step"] = moments[f"step.{name}"]
-    state = json.loads((folder / "state.json").read_text())
-    logger.info("resumed from %s at step %d", folder, state["step"])
-    return state["step"], state["seconds"]
+    def add(self, done: int, figures: dict[str, float]) -> None:
+        for key, value in figures.items():
+            self.running[key] = 0.98 * self.running.get(key, value) + 0.02 * value
+        if done % 50 == 0:
+            self.bar.set_postfix({key: f"{value:.4g}" for key, value in self.running.items()})
+        if done % 100 == 0 or done == self.config.max_train_steps:
+            record = {"step": done, "seconds": round(self.seconds(), 1)}
+            record |= {key: float(f"{value:.5g}") for key, value in self.running.items()}
+            with (self.config.output_dir / "log.jsonl").open("a") as file:
+                file.write(json.dumps(record) + "\n")

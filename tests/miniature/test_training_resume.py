@@ -15,10 +15,11 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from genprune.miniature.grader import Grader  # noqa: E402
 from scripts.miniature.autoencoder import AutoencoderStage, build_autoencoder  # noqa: E402
+from scripts.miniature.checkpoints import find_checkpoint  # noqa: E402
 from scripts.miniature.data import shuffled_rows  # noqa: E402
 from scripts.miniature.denoiser import DenoiserStage, unet_architecture  # noqa: E402
 from scripts.miniature.grading import GraderStage  # noqa: E402
-from scripts.miniature.loop import LoopConfig, find_checkpoint, learning_rate_at, train  # noqa: E402
+from scripts.miniature.loop import LoopConfig, learning_rate_at, train  # noqa: E402
 from scripts.miniature.text import build_text_encoder, build_tokenizer, tokenize  # noqa: E402
 
 CAPTIONS = ["a cat, red background", "a dog, blue background", "two cats, blue background", "two dogs, red background"]

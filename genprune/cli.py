@@ -158,6 +158,7 @@ def prune(
     from genprune.model_source import open_source
 
     prune_run.check_free(out, force)
+    console.quiet_hosts()
     chosen = tuple(kind.strip() for item in kinds or () for kind in item.split(",") if kind.strip()) or None
     settings = method_named(method, keep=keep, of=of.value, kinds=chosen, seed=seed)
     source = open_source(model)
@@ -198,6 +199,7 @@ def demo(
     given = {"keep": keep, "of": of.value, "seed": seed, "prompts": prompts, "steps": steps}
     given = {name: value for name, value in given.items() if value is not None}
     settings = DemoSettings.quick(**given) if quick else DemoSettings(**given)
+    console.quiet_hosts()
     result = run_demo(out, settings, force=force, say=console.print_step)
     if as_json:
         console.print_json(result)
@@ -240,6 +242,7 @@ def bench(
     from genprune import console
     from genprune.bench import Sampling, run_benchmark
 
+    console.quiet_hosts()
     result = run_benchmark(
         candidates,
         out,

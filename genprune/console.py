@@ -18,6 +18,20 @@ out = Console(soft_wrap=True)
 err = Console(stderr=True, soft_wrap=True)
 
 
+def quiet_hosts() -> None:
+    """Turn off the host libraries' loading bars: they would bury ours."""
+    import warnings
+
+    import diffusers
+    import transformers
+
+    # Diffusers before 0.41 knows only the name that later ones call deprecated.
+    warnings.filterwarnings("ignore", message=".*`torch_dtype` is deprecated.*", category=FutureWarning)
+
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+
+
 def print_json(data: Any) -> None:
     """Plain JSON on standard output, nothing else there."""
     sys.stdout.write(json.dumps(data, indent=2, ensure_ascii=False) + "\n")
@@ -108,7 +122,7 @@ def print_demo(result: dict[str, Any], path) -> None:
     glance = overview(result)
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in glance.columns:
-        table.add_column(column, justify="right" if column else "left")
+        table.add_column(column, justify="right" if column else "left", no_wrap=True)
     for row in glance.rows:
         table.add_row(*(cell or "" for cell in row))
     out.print(table)

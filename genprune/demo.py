@@ -27,7 +27,7 @@ class DemoSettings:
         prompts: pictures that each candidate draws, >= 4; captions of the miniature's test split.
         steps: denoising steps a picture.
         guidance_scale: of classifier-free guidance.
-        calibration_prompts: captions of the dev split that Taylor scores on.
+        calibration_prompts: captions and pictures of the dev split that Taylor scores on.
         latency_rounds: timed rounds; every round times every candidate.
         seed: of plans, scenes and noise.
     """
@@ -120,13 +120,13 @@ def _chain(stage: Path, settings: DemoSettings, progress: bool, say: Callable[[s
     pipe = gp.miniature.load_pipeline()
     pipe.set_progress_bar_config(disable=True)
     budget = {"keep": settings.keep, "of": settings.of, "seed": settings.seed}
-    prompts = gp.miniature.prompts("dev", settings.calibration_prompts, settings.seed)
+    calibration = _calibration(settings)
     plans = {}
     for name in (PRUNED, *BASELINES):
         say(f"Planning by {name}: keep {settings.keep:.0%} of {settings.of}")
         method = method_named(name, **budget)
-        needs_prompts = "gradients" in method.criterion().needs
-        plans[name] = gp.make_plan(pipe, method, prompts=prompts if needs_prompts else None, progress=progress)
+        given = calibration if "gradients" in method.criterion().needs else {}
+        plans[name] = gp.make_plan(pipe, method, progress=progress, **given)
         plans[name].save(stage / ("plan" if name == PRUNED else f"baselines/{name}"))
     say("Cutting, saving, and loading the result again")
     gp.cut(pipe, plans[PRUNED])
@@ -137,6 +137,18 @@ def _chain(stage: Path, settings: DemoSettings, progress: bool, say: Callable[[s
         "plans": {name: plan.to_json() for name, plan in plans.items()},
         "reload_is_exact": cut.keys() == loaded.keys() and all(torch.equal(cut[key], loaded[key]) for key in cut),
         "overlap_with_taylor": {name: plans[PRUNED].overlap(plans[name]) for name in BASELINES},
+    }
+
+
+def _calibration(settings: DemoSettings) -> dict[str, Any]:
+    """Captions of the dev split and their pictures, which spares drawing some first."""
+    import genprune as gp
+
+    scenes = gp.miniature.scenes("dev", settings.calibration_prompts, settings.seed)
+    pictures = torch.stack([torch.from_numpy(gp.miniature.render(scene).copy()) for scene in scenes])  # (n, H, W, 3)
+    return {
+        "prompts": [gp.miniature.caption(scene) for scene in scenes],
+        "data": pictures.permute(0, 3, 1, 2).float() / 255,
     }
 
 

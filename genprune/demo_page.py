@@ -48,7 +48,7 @@ def paragraph(result: dict[str, Any]) -> str:
     speed = "" if ratio is None else f" On this machine a denoising step takes {ratio:.0%} of the time it took."
     done = (
         f"This small text-to-image model draws emoji scenes from captions. Pruning removed the parts of its "
-        f"denoiser that mattered least on {settings['calibration_prompts']} example captions (Taylor scores), until "
+        f"denoiser that mattered least on {settings['calibration_prompts']} example scenes (Taylor scores), until "
         f"{figures['macs_ratio/taylor']:.0%} of the arithmetic and {figures['params_ratio/taylor']:.0%} of the "
         f"parameters were left.{speed} The smaller model is real: it was saved, and loaded again by the ordinary "
         f"DiffusionPipeline.from_pretrained"
@@ -83,18 +83,22 @@ def overview(result: dict[str, Any]) -> Table:
     """One row a candidate: what it costs and how good its pictures are."""
     figures = result["figures"]
     columns = {
-        "parameters": lambda name: _share(figures, f"params_ratio/{name}"),
+        "params": lambda name: _share(figures, f"params_ratio/{name}"),
         "MACs": lambda name: _share(figures, f"macs_ratio/{name}"),
         "step": lambda name: _unit(figures, f"denoiser_latency_ms/{name}", 1, "ms"),
-        "peak memory": lambda name: _unit(figures, f"peak_memory_bytes/{name}", 2**20, "MiB"),
-        "caption found": lambda name: _share(figures, f"{GRADE}/{name}"),
-        "KID to real": lambda name: _number(figures, f"KID(miniature-grader)/{name}"),
-        "PSNR to dense": lambda name: _unit(figures, f"PSNR to dense (dB)/{name}", 1, "dB"),
+        "memory": lambda name: _unit(figures, f"peak_memory_bytes/{name}", 2**20, "MiB"),
+        "caption": lambda name: _share(figures, f"{GRADE}/{name}"),
+        "KID": lambda name: _number(figures, f"KID(miniature-grader)/{name}"),
+        "PSNR": lambda name: _unit(figures, f"PSNR to dense (dB)/{name}", 1, "dB"),
     }
     names = [*(entry["name"] for entry in result["candidates"]), *CONTROLS]
     rows = [(name, *(cell(name) for cell in columns.values())) for name in names]
     floor = figures.get("KID(miniature-grader)/floor")
-    note = "The last rows are no models: they show what each measure gives for pictures that ignore the caption."
+    note = (
+        "caption: share of what it says that the grader finds. KID: distance to real scenes. PSNR: likeness to the "
+        "dense model's picture. memory: peak of a process, its libraries included. The last rows are no models: they "
+        "show what each measure gives for pictures that ignore the caption."
+    )
     if floor is not None:
         note += f" Two sets of real pictures have a KID of {floor:.4f}: that is its zero."
     return Table("At a glance", ("", *columns), rows, note=note)

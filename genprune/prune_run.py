@@ -18,7 +18,7 @@ from genprune.plan import PruningPlan
 
 # A folder with one of these was written by genprune, diffusers or timm: `--force` may replace it, and nothing else.
 _KNOWN_CONTENT = ("model_index.json", "config.json", "plan.json", "result.json")
-CALIBRATION_PROMPTS = 32  # of the miniature, where no prompts are given
+CALIBRATION_PROMPTS = 16  # of the miniature, where no prompts are given
 
 
 class FolderInTheWay(GenpruneError):

@@ -1,0 +1,8 @@
+"""The tiny cut models of `tests/saving` serve here as well."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "saving"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from family_cases import DenseRun, difference, random_keep, removed_keep, run
+from family_cases import FAMILY_CASES, DenseRun, dense_run, difference, random_keep, removed_keep, run
 from torch import Tensor, nn
 
 from genprune.cutting import applied_plan, cut, plan_base, pruned_widths
@@ -134,6 +134,9 @@ def test_a_cut_model_lists_what_is_left(dense: DenseRun):
             inside = [other for other in dense.sites if name in dense.sites.ancestors(other)]
             assert any(not keep[other].any() for other in inside), name
     assert len(find_sites(cut(dense.copy(), dense.plan(removed_keep(dense.sites))))) == 0
+    for kind in dense.sites.kinds():
+        keep = removed_keep(dense.sites.of_kind(kind))
+        assert not keep.keys() & find_sites(cut(dense.copy(), dense.plan(keep))).keys()
 
 
 @torch.no_grad()
@@ -178,9 +181,9 @@ def described(module: nn.Module) -> dict[str, object]:
 
 
 @torch.no_grad()
-def test_group_norm_statistics_of_kept_groups_stay(dense: DenseRun):
-    if "channels" not in dense.case.kinds:
-        pytest.skip("this family has no norm groups")
+@pytest.mark.parametrize("name", [case.name for case in FAMILY_CASES if "channels" in case.kinds])
+def test_group_norm_statistics_of_kept_groups_stay(name: str):
+    dense = dense_run(name)
     channels = dense.sites.of_kind("channels")
     keep = random_keep(channels, seed=8, share=0.6)
     first = next(iter(keep))  # the first ResNet reads the same input in both models
@@ -193,8 +196,6 @@ def test_group_norm_statistics_of_kept_groups_stay(dense: DenseRun):
 
 
 def test_packed_widths_of_flux_follow_the_cut():
-    from family_cases import dense_run
-
     dense = dense_run("flux")
     name = "single_transformer_blocks.0"
     keep = {

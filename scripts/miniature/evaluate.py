@@ -80,6 +80,12 @@ def evaluate(arguments: argparse.Namespace) -> dict:
         ladder.append({"step": step, "samples_seen": step * batch, **judge.row(pictures)})
         print(json.dumps(ladder[-1]))
 
+    half_width = None
+    if any((output / "unet_half").glob("checkpoint-*[0-9]")):
+        path = averaged_weights(output / "unet_half")
+        step = json.loads((path.parent / "state.json").read_text())["step"]
+        half = draw_all(output, "unet_half", path, step, scenes)
+        half_width = {"step": step, "samples_seen": step * batch, **judge.row(half)}
     rows = baseline_rows(judge, scenes, real, pictures, load_autoencoder(output))
     result = {
         "what": "miniature A: a 64 px pipeline trained from scratch on composed emoji scenes, nothing else",
@@ -93,6 +99,7 @@ def evaluate(arguments: argparse.Namespace) -> dict:
         "chance": rounded(chance(scenes)),
         "rows": rows,
         "ladder": ladder,
+        "half_width": half_width,
         "all_right_interval_95": rounded(bootstrap_interval(all_right(pictures, scenes, grader))),
         "smallest_difference_in_all_right": rounded(smallest_difference(all_right(pictures, scenes, grader))),
         "held_out_pairs": held_out(pictures, scenes, grader),
@@ -204,7 +211,7 @@ def describe_data(scenes: list[grammar.Scene]) -> dict:
 def describe_training(output: Path, arch: str, batch: int) -> dict:
     """Steps, pictures, hours and parameters of every trained stage."""
     stages = {}
-    for folder in (output / "vae", output / "decoder", output / arch, output / "grader"):
+    for folder in (output / name for name in ("vae", "decoder", arch, "unet_half", "grader")):
         logs = folder / "log.jsonl"
         if not logs.is_file():
             continue

@@ -69,6 +69,14 @@ def ladder(result: dict) -> str:
         distances = [f"{rung['kid_miniature_grader']:.3f}", f"{rung['fd_miniature_grader']:.2f}"]
         cells = [str(rung["step"]), str(rung["samples_seen"]), *right, *distances]
         lines.append("| " + " | ".join(cells) + " |")
+    if result["half_width"]:
+        row = result["half_width"]
+        lines += [
+            "",
+            f"**At half the width**, the same recipe and {row['samples_seen']} pictures: object "
+            f"{100 * row['grader']['object']:.1f} %, all {100 * row['grader']['all']:.1f} %, KID "
+            f"{row['kid_miniature_grader']:.3f}, FD {row['fd_miniature_grader']:.2f}.",
+        ]
     return "\n".join([*lines, ""])
 
 

@@ -75,7 +75,7 @@ def _damage(result: dict[str, Any]) -> str:
         f"finds {grades['dense']:.0%} of what the caption says in the dense model's pictures and "
         f"{grades['taylor']:.0%} in the pruned model's{told}: {verdict}. Removing the same amount by weight magnitude "
         f"leaves {grades['magnitude']:.0%}, at random {grades['random']:.0%}. No training follows the cut in this "
-        f"release; recovery is what usually wins most of the loss back."
+        f"release; training that recovers the loss comes in a later one."
     )
 
 

@@ -128,19 +128,17 @@ def prune_to_folder(
         return plan
     say("Cutting and saving")
     with disk_errors(out), whole_folder(out) as stage:
-        _write(gp.cut(target, plan), source, plan, stage, stock)
+        _write(gp.cut(target, plan), source, stage, stock)
     return plan
 
 
-def _write(target: Any, source: ModelSource, plan: PruningPlan, stage: Path, stock: bool) -> None:
+def _write(target: Any, source: ModelSource, stage: Path, stock: bool) -> None:
     import genprune as gp
 
-    if source.kind == "pipeline":
-        target.to("cpu").save_pretrained(stage)
-        if stock:
-            gp.export_stock(getattr(target, source.slot), stage / source.slot)
-    elif stock:
+    if stock:
         gp.export_stock(target, stage)
+    elif source.kind == "pipeline":
+        target.to("cpu").save_pretrained(stage)
     else:
         gp.save_model(target, stage)
 

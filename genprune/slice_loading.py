@@ -23,7 +23,7 @@ from genprune.widths import check_same_widths
 
 _WEIGHTS = "diffusion_pytorch_model"  # diffusers' name for a model's checkpoint
 # A file is mapped anew after this many numbers: the pages that were read count as memory until it is unmapped.
-_REMAP_ELEMENTS = 2**24
+_REMAP_ELEMENTS = 2**22
 
 
 def load_cut(

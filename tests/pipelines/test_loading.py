@@ -224,10 +224,9 @@ def test_peak_memory_is_about_the_pruned_size(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     streamed, whole, pruned_mib = (float(x) for x in done.stdout.rpartition("RESULT")[2].split())
-    print(
-        f"MiB: dense {dense_mib:.0f}, pruned {pruned_mib:.0f}; peak cut while loading {streamed:.0f}, after {whole:.0f}"
-    )
+    print(f"MiB: dense {dense_mib:.0f}, pruned {pruned_mib:.0f}; peak while loading {streamed:.0f}, after {whole:.0f}")
     assert pruned_mib < 0.5 * dense_mib
-    # One mapped stretch of the file (64 MiB of float32) and one layer come on top of the pruned weights.
-    assert streamed < pruned_mib + 110
+    # One mapped stretch of the file (16 MiB of float32) and one layer (56 MiB) come on top of the pruned weights.
+    # What the second load can reuse of the first one's memory makes the comparison stricter.
+    assert streamed < pruned_mib + 80
     assert streamed < 0.7 * whole

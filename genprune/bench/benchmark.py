@@ -22,7 +22,7 @@ from genprune.bench.result import environment, write_result
 from genprune.bench.run import draw_images, load_image
 from genprune.bench.sampling import Sampling
 from genprune.bench.speed import compare_speed
-from genprune.errors import UnsupportedModel
+from genprune.errors import GenpruneError, UnsupportedModel
 from genprune.families import denoiser
 from genprune.metrics.extractors import FeatureExtractor
 
@@ -79,6 +79,8 @@ def run_benchmark(
     state = PartialState(cpu=not torch.accelerator.is_available() or str(device) == "cpu")
     device = torch.device(device) if device is not None else state.device
     out, sampling = Path(out), sampling or Sampling()
+    if latency_rounds < 0 or latency_rounds == 1:
+        raise GenpruneError(f"latency_rounds is {latency_rounds}, expected 0 for no timing, or at least 2 rounds.")
     entries = read_candidates(candidates)
     reference = _reference(entries, reference)
     data = miniature_data() if data is None else data if isinstance(data, BenchData) else prompt_data(data)
@@ -135,7 +137,7 @@ def run_benchmark(
         "speed": {name: timing.to_json() for name, timing in speed.items()},
         "memory": {name: peak.to_json() for name, peak in peaks.items()},
     }
-    result |= _figures(described, rows, speed, peaks, reference)
+    result |= collect_figures(described, rows, speed, peaks, reference)
     write_result(out / "result.json", result)
     write_page(out / "report.html", result, folders, data)
     return result
@@ -218,7 +220,7 @@ def _free(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-def _figures(described: list[dict], rows: list[Measurement], speed: dict, peaks: dict, reference: str) -> dict:
+def collect_figures(described: list[dict], rows: list[Measurement], speed: dict, peaks: dict, reference: str) -> dict:
     """`{"figures": {name: number}, "run_to_run": [names that differ from run to run]}`."""
     figures: dict[str, float] = {}
     base = next(entry for entry in described if entry["name"] == reference)

@@ -23,6 +23,7 @@ from html import escape
 from pathlib import Path
 
 from genprune.bench.style import STYLE
+from genprune.errors import GenpruneError
 from genprune.files import whole_file
 from genprune.metrics.errors import BadImages
 
@@ -96,7 +97,9 @@ class Table:
     def __post_init__(self) -> None:
         for row in self.rows:
             if len(row) != len(self.columns):
-                raise BadImages(f"table '{self.title}' has {len(self.columns)} columns and a row of {len(row)} cells.")
+                raise GenpruneError(
+                    f"table '{self.title}' has {len(self.columns)} columns and a row of {len(row)} cells."
+                )
 
 
 def write_report(

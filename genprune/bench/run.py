@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from genprune.bench.candidate import fingerprint
-from genprune.bench.errors import RunMismatch
+from genprune.bench.errors import BadCandidate, RunMismatch
 from genprune.bench.sampling import Sampling, call_arguments
 from genprune.errors import GenpruneError
 from genprune.files import whole_file
@@ -62,6 +62,7 @@ def draw_images(
         label: of the bar.
 
     Raises:
+        BadCandidate: the pipeline takes no prompt.
         RunMismatch: the folder holds images of other prompts, settings or weights.
         GenpruneError: there are no prompts.
     """
@@ -69,6 +70,10 @@ def draw_images(
 
     if not prompts:
         raise GenpruneError("there are no prompts to draw, expected at least one. Pass prompts=[...] or a data set.")
+    if "prompt" not in inspect.signature(pipeline.__call__).parameters:
+        raise BadCandidate(
+            f"{type(pipeline).__name__} takes no prompt, expected a text-to-image pipeline of Diffusers."
+        )
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     _claim(folder, pipeline, prompts, sampling)

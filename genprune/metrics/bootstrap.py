@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from genprune.errors import GenpruneError
 from genprune.metrics.errors import BadImages
 
 
@@ -67,7 +68,7 @@ def bootstrap_interval(
         seed: of the resampling; the global random state is left alone.
 
     Raises:
-        BadImages: fewer than two values, or one that is not finite, or a level outside (0, 1).
+        BadImages: fewer than two values, or one that is not finite. GenpruneError: a level outside (0, 1).
 
     Reference:
         Efron and Tibshirani, An Introduction to the Bootstrap, 1993, section 13.3.
@@ -80,7 +81,9 @@ def bootstrap_interval(
             "Draw more images, or check what produced the values."
         )
     if not 0 < level < 1 or resamples < 1:
-        raise BadImages(f"level is {level} and resamples is {resamples}, expected 0 < level < 1 and resamples >= 1.")
+        raise GenpruneError(
+            f"level is {level} and resamples is {resamples}, expected 0 < level < 1 and resamples >= 1."
+        )
     generator = torch.Generator().manual_seed(seed)
     block = max(1, 10_000_000 // len(values))  # at most 80 MB of indices at a time
     drawn = []

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 import torch
 
+from genprune.errors import GenpruneError
 from genprune.metrics.bootstrap import Interval, bootstrap_interval, median
 from genprune.metrics.device import device_name, synchronize
-from genprune.metrics.errors import BadImages
 
 
 @dataclass(frozen=True)
@@ -73,10 +73,10 @@ def compare_latency(
         seed: of the order within rounds.
 
     Raises:
-        BadImages: the baseline is no call, or there are too few calls or rounds.
+        GenpruneError: the baseline is no call, or there are too few calls or rounds.
     """
     if baseline not in calls or len(calls) < 2 or rounds < 2:
-        raise BadImages(
+        raise GenpruneError(
             f"timing needs a baseline among at least 2 calls, and 2 rounds; got baseline '{baseline}', calls "
             f"{list(calls)} and {rounds} rounds."
         )

@@ -22,7 +22,9 @@ from genprune.bench import (
     scene_grader,
     write_result,
 )
+from genprune.bench.benchmark import collect_figures
 from genprune.errors import GenpruneError
+from genprune.metrics import PeakMemory
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +92,17 @@ def test_again_gives_the_same_but_for_times(run, folders, settings, tmp_path):
     assert {name: fresh["figures"][name] for name in same} == repeatable(result)["figures"]
 
 
+def test_memory_figures_are_ratios_and_differ_from_run_to_run(run):
+    peaks = {
+        "dense": PeakMemory(100, 400, "rss-peak-fresh-process", "cpu"),
+        "changed": PeakMemory(100, 300, "rss-peak-fresh-process", "cpu"),
+    }
+    found = collect_figures(run[1]["candidates"], [], {}, peaks, "dense")
+    assert found["figures"]["peak_memory_bytes/dense"] == 400
+    assert found["figures"]["peak_memory_ratio/changed"] == 0.75
+    assert set(found["run_to_run"]) == {f"peak_memory_{q}/{n}" for q in ("bytes", "ratio") for n in peaks}
+
+
 def test_report_shows_both(run):
     out, _ = run
     page = (out / "report.html").read_text()
@@ -119,6 +132,8 @@ def test_fails_before_drawing(folders, tmp_path, settings):
         run_benchmark({"dense": folders["dense"]}, tmp_path, reference="small")
     with pytest.raises(GenpruneError, match="unknown extractor 'incepton'.*nearest name: 'inception'"):
         run_benchmark({"dense": folders["dense"]}, tmp_path, data=["x"], extractors=["incepton"])
+    with pytest.raises(GenpruneError, match="latency_rounds is 1, expected 0 for no timing, or at least 2"):
+        run_benchmark({"dense": folders["dense"]}, tmp_path, data=["x"], latency_rounds=1)
     assert not list(tmp_path.rglob("*.png"))
 
 

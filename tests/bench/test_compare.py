@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from metrics.tiny_extractors import TinyNet, tiny_clip
 from PIL import Image
 
 from genprune.bench import compare_images, grader_extractor, miniature_data, scene_grader
 from genprune.metrics import ClipExtractor, FeatureExtractor, psnr
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "metrics"))
-from tiny_extractors import TinyNet, tiny_clip  # noqa: E402
 
 COUNT = 10
 

@@ -11,8 +11,17 @@ import time
 
 import pytest
 import torch
+from tiny_pipelines import ddpm_pipeline, flux_pipeline, sd3_pipeline
 
-from genprune.bench import RunMismatch, Sampling, draw_images, image_seed, load_image
+from genprune.bench import (
+    BadCandidate,
+    RunMismatch,
+    Sampling,
+    compare_speed,
+    draw_images,
+    image_seed,
+    load_image,
+)
 from genprune.bench.run import load_latent
 
 PROMPTS = ["a cat", "two dogs", "a red car", "a frog", "an apple", "a star", "a house"]
@@ -104,6 +113,38 @@ def test_refuses_pictures_of_unknown_origin(pipeline, drawn, tmp_path):
     (tmp_path / "00000.png").write_bytes((drawn / "00000.png").read_bytes())
     with pytest.raises(RunMismatch, match="pictures but no run.json"):
         draw_images(pipeline, PROMPTS, SAMPLING, tmp_path, progress=False)
+
+
+@pytest.mark.parametrize("build", [flux_pipeline, sd3_pipeline], ids=["flux", "sd3"])
+def test_transformer_pipelines_draw_alike(build, tmp_path):
+    (tmp_path / "words").mkdir()
+    pipeline = build(tmp_path / "words")
+    pipeline.vae.register_to_config(shift_factor=0.1)  # as their real autoencoders have
+    pipeline.set_progress_bar_config(disable=True)
+    sampling = Sampling(num_inference_steps=2, guidance_scale=2.0, batch_size=2, height=16, width=16)
+    draw_images(pipeline, PROMPTS[:3], sampling, tmp_path / "one", progress=False)
+    for process in range(2):
+        draw_images(
+            pipeline,
+            PROMPTS[:3],
+            sampling,
+            tmp_path / "two",
+            process_index=process,
+            process_count=2,
+            progress=False,
+        )
+    assert torch.equal(images(tmp_path / "one", 3), images(tmp_path / "two", 3))
+    assert load_image(tmp_path / "one", 0).shape == (3, 16, 16)
+    latents = torch.stack([load_latent(tmp_path / "one", index) for index in range(3)])
+    assert (latents[0] - latents[1]).abs().mean() > 0.1 and torch.isfinite(latents).all()
+    speed = compare_speed({"a": pipeline, "b": pipeline}, "a", "a cat", sampling, rounds=2)
+    assert speed["denoiser"].median_ms["b"] > 0
+
+
+def test_needs_a_prompt(tmp_path):
+    with pytest.raises(BadCandidate, match="DDPMPipeline takes no prompt, expected a text-to-image pipeline"):
+        draw_images(ddpm_pipeline(), PROMPTS, SAMPLING, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_leaves_the_pipeline_as_it_was(pipeline, tmp_path):

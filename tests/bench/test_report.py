@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from genprune.bench import BarChart, PictureGrid, Table, write_report
+from genprune.errors import GenpruneError
 from genprune.metrics import BadImages
 
 VOID = {"meta", "img", "br"}
@@ -85,5 +86,5 @@ def test_a_failed_report_leaves_the_old_one(tmp_path):
 def test_lengths_must_fit():
     with pytest.raises(BadImages, match="column 'a' has 1 pictures for 2 prompts"):
         PictureGrid(["x", "y"], {"a": [None]})
-    with pytest.raises(BadImages, match="table 'T' has 2 columns and a row of 1 cells"):
+    with pytest.raises(GenpruneError, match="table 'T' has 2 columns and a row of 1 cells"):
         Table("T", ("a", "b"), [("x",)])

@@ -2,22 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
-
-
-def tokenizer(folder: Path) -> CLIPTokenizer:
-    """CLIP's own tokenizer over single letters."""
-    letters = "abcdefghijklmnopqrstuvwxyz,"
-    words = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "vocab.json").write_text(json.dumps({word: number for number, word in enumerate(words)}))
-    (folder / "merges.txt").write_text("#version: 0.2\n")
-    return CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=16)
+from tiny_pipelines import clip_text, clip_tokenizer
 
 
 def tiny_pipeline(folder: Path, seed: int = 0, channels: tuple[int, int] = (8, 16)) -> StableDiffusionPipeline:
@@ -26,7 +15,6 @@ def tiny_pipeline(folder: Path, seed: int = 0, channels: tuple[int, int] = (8, 1
     The denoiser's last layer is scaled up: at its ordinary initialisation prompts and seeds hardly move the picture.
     """
     torch.manual_seed(seed)
-    words = tokenizer(folder / "words")
     unet = UNet2DConditionModel(
         sample_size=16,
         in_channels=4,
@@ -47,27 +35,14 @@ def tiny_pipeline(folder: Path, seed: int = 0, channels: tuple[int, int] = (8, 1
         norm_num_groups=4,
         sample_size=32,
     )
-    text = CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(words),
-            hidden_size=16,
-            intermediate_size=32,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            max_position_embeddings=16,
-            bos_token_id=words.bos_token_id,
-            eos_token_id=words.eos_token_id,
-            pad_token_id=words.pad_token_id,
-        )
-    )
     with torch.no_grad():
         unet.conv_out.weight.mul_(4)
         vae.decoder.conv_out.weight.mul_(4)
         vae.decoder.conv_out.weight.sub_(vae.decoder.conv_out.weight.mean(dim=(1, 2, 3), keepdim=True))
     pipeline = StableDiffusionPipeline(
         vae=vae,
-        text_encoder=text,
-        tokenizer=words,
+        text_encoder=clip_text(16),
+        tokenizer=clip_tokenizer(folder),
         unet=unet,
         scheduler=DDIMScheduler(steps_offset=1, clip_sample=False),
         safety_checker=None,

@@ -28,7 +28,8 @@ class DemoSettings:
         steps: denoising steps a picture.
         guidance_scale: of classifier-free guidance.
         calibration_prompts: captions and pictures of the dev split that Taylor scores on.
-        latency_rounds: timed rounds; every round times every candidate.
+        latency_rounds: timed rounds; every round times every candidate. 0 leaves times out.
+        memory: measure peak memory, each candidate in a fresh process.
         seed: of plans, scenes and noise.
     """
 
@@ -39,6 +40,7 @@ class DemoSettings:
     guidance_scale: float = 3.5
     calibration_prompts: int = 32
     latency_rounds: int = 15
+    memory: bool = True
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -101,6 +103,7 @@ def run_demo(
                 batch_size=8,
             ),
             latency_rounds=settings.latency_rounds,
+            memory=settings.memory,
             progress=progress,
         )
         say("Writing the report")

@@ -50,9 +50,11 @@ def summary(result: dict) -> str:
             if key in figures
         ]
         sentence = f"'{name}' keeps {' and '.join(kept)}"
-        ratio = figures.get(f"denoiser_latency_ratio/{name}")
-        if ratio is not None:
-            sentence += f", and a denoising step takes {ratio:.2f} times as long"
+        ratio = result["speed"].get("denoiser", {}).get("ratio", {}).get(name)
+        if ratio is not None and ratio["low"] <= 1 <= ratio["high"]:
+            sentence += ", with no difference in speed that could be measured here"
+        elif ratio is not None:
+            sentence += f", and a denoising step takes {ratio['estimate']:.2f} times as long"
         psnr = figures.get(f"PSNR to {reference} (dB)/{name}")
         if psnr is not None:
             sentence += f"; its pictures are {_closeness(psnr)} ({psnr:.1f} dB PSNR)"
@@ -109,7 +111,7 @@ def _cost_table(result: dict) -> Table:
         "Cost",
         ("candidate", "parameters", "MACs", "step", "peak memory"),
         rows,
-        note="Of the denoiser, per call. Peak memory: a fresh process that loads the pipeline and draws once.",
+        note="Of the denoiser, per call. Peak memory: a fresh process, libraries included, that loads and draws.",
     )
 
 

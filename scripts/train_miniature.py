@@ -31,10 +31,10 @@ from scripts.miniature.loop import LoopConfig, train  # noqa: E402
 
 # what each trained stage uses where a flag is not given; the embedded miniature was trained with these
 DEFAULTS = {
-    "vae": {"max_train_steps": 5000, "learning_rate": 2e-3, "train_batch_size": 16, "mixed_precision": "bf16"},
-    "decoder": {"max_train_steps": 2000, "learning_rate": 1e-3, "train_batch_size": 16, "mixed_precision": "bf16"},
-    "denoiser": {"max_train_steps": 5500, "learning_rate": 1.5e-3, "train_batch_size": 48, "mixed_precision": "no"},
-    "grader": {"max_train_steps": 2500, "learning_rate": 2e-3, "train_batch_size": 64, "mixed_precision": "no"},
+    "vae": {"max_train_steps": 3400, "learning_rate": 2e-3, "train_batch_size": 16, "mixed_precision": "bf16"},
+    "decoder": {"max_train_steps": 1200, "learning_rate": 1e-3, "train_batch_size": 16, "mixed_precision": "bf16"},
+    "denoiser": {"max_train_steps": 3900, "learning_rate": 1.5e-3, "train_batch_size": 48, "mixed_precision": "no"},
+    "grader": {"max_train_steps": 900, "learning_rate": 2e-3, "train_batch_size": 64, "mixed_precision": "no"},
 }
 
 

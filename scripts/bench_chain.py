@@ -70,6 +70,7 @@ def figures(parts: dict[str, Any]) -> dict[str, float]:
     for name in ("unet", "dit", "vit"):
         if name in parts:
             found[f"macs_saving_seen_{name}"] = parts[name]["macs_saving_seen"]
+            found[f"macs_saving_seen_in_cpu_time_{name}"] = parts[name]["macs_saving_seen_in_cpu_time"]
     return found
 
 

@@ -91,27 +91,12 @@ def run_benchmark(
         if data.scenes is not None and scene_scores is None:
             scene_scores = scene_grader()
 
-    described = []
-    for entry in entries:
-        pipeline = entry.load(sampling.dtype, device)
-        draw_images(
-            pipeline,
-            data.prompts,
-            sampling,
-            out / "images" / entry.name,
-            process_index=state.process_index,
-            process_count=state.num_processes,
-            progress=progress,
-            label=entry.name,
-        )
-        described.append(describe(entry, pipeline, sampling))
-        del pipeline
-        _free(device)
+    folders = {entry.name: out / "images" / entry.name for entry in entries}
+    described = [_draw_share(entry, folders[entry.name], data, sampling, state, device, progress) for entry in entries]
     state.wait_for_everyone()
     if not state.is_main_process:
         return None
 
-    folders = {entry.name: out / "images" / entry.name for entry in entries}
     rows = compare_images(
         folders,
         data,
@@ -141,6 +126,25 @@ def run_benchmark(
     write_result(out / "result.json", result)
     write_page(out / "report.html", result, folders, data)
     return result
+
+
+def _draw_share(entry: Candidate, folder: Path, data: BenchData, sampling: Sampling, state, device, progress) -> dict:
+    """Draw this process's pictures of one candidate, free its memory, and say what it was."""
+    pipeline = entry.load(sampling.dtype, device)
+    draw_images(
+        pipeline,
+        data.prompts,
+        sampling,
+        folder,
+        process_index=state.process_index,
+        process_count=state.num_processes,
+        progress=progress,
+        label=entry.name,
+    )
+    described = describe(entry, pipeline, sampling)
+    del pipeline
+    _free(device)
+    return described
 
 
 def describe(entry: Candidate, pipeline, sampling: Sampling) -> dict:

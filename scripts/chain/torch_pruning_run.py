@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import time
 from typing import Any
 
@@ -39,7 +40,7 @@ def run_torch_pruning(keep: float = 0.7) -> dict[str, Any]:
     )
     cut_alone, step = measured(lambda: _step(pruner))
     return {
-        "version": torch_pruning.__version__,
+        "version": importlib.metadata.version("torch-pruning"),
         "dtype": "bfloat16",
         "phases": {"trace": trace, "score_and_cut": step},
         "cut_alone": cut_alone,

@@ -78,18 +78,18 @@ def test_stock_pipeline_draws_what_it_is_asked():
     assert type(pipe) is diffusers.StableDiffusionPipeline
     assert isinstance(pipe.unet, diffusers.UNet2DConditionModel)
     pipe.set_progress_bar_config(disable=True)
-    scenes = miniature.scenes("test", 8, seed=2)
+    scenes = miniature.scenes("test", 6, seed=2)
     drawn = pipe(
         [miniature.caption(scene) for scene in scenes],
-        num_inference_steps=10,
+        num_inference_steps=8,
         guidance_scale=3.5,
-        generator=[torch.Generator().manual_seed(i) for i in range(8)],
+        generator=[torch.Generator().manual_seed(i) for i in range(6)],
         output_type="np",
     ).images
-    assert drawn.shape == (8, 64, 64, 3)
+    assert drawn.shape == (6, 64, 64, 3)
     images = torch.from_numpy(drawn).permute(0, 3, 1, 2)
     figures = grader_module.grade(images, scenes)
-    # chance is 1/8 and 1/2: eight pictures of an untrained model reach this once in thousands of tries
+    # chance is 1/8 and 1/2: six pictures of an untrained model pass both less than once in ten thousand tries
     assert figures["background"] >= 0.75 and figures["texture"] >= 0.75, figures
 
 

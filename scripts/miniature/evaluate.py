@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
-import platform
-import sys
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +19,7 @@ from .assembly import assemble_pipeline, averaged_weights, load_autoencoder
 from .denoiser import decode, draw_latents
 from .grading import stack
 from .pictures import contact_sheet, to_tensor, to_uint8
+from .provenance import command, describe_data, describe_training, provenance
 from .report import write_report
 from .statistics import (
     bootstrap_interval,
@@ -33,6 +30,7 @@ from .statistics import (
 )
 
 SEED = 20  # of the test scenes and of the noise; training used other seeds
+SHEET = 40  # pictures of the contact sheet, the first ones
 SAMPLER = {"steps": 20, "guidance_scale": 3.5}
 
 
@@ -70,46 +68,66 @@ def evaluate(arguments: argparse.Namespace) -> dict:
     judge = Judge(grader, scenes)
     real = stack(scenes)
 
-    ladder, pictures = [], None
-    final = averaged_weights(output / arguments.arch)
-    rungs = sorted((int(path.stem.split("-")[1]), path) for path in final.parents[1].glob("ema-*.safetensors"))
-    last_step = json.loads((final.parent / "state.json").read_text())["step"]
-    batch = json.loads((output / arguments.arch / "config.json").read_text())["train_batch_size"]
-    for step, path in [rung for rung in rungs if rung[0] < last_step] + [(last_step, final)]:
-        pictures = draw_all(output, arguments.arch, path, step, scenes)
-        ladder.append({"step": step, "samples_seen": step * batch, **judge.row(pictures)})
-        print(json.dumps(ladder[-1]))
-
-    half_width = None
-    if any((output / "unet_half").glob("checkpoint-*[0-9]")):
-        path = averaged_weights(output / "unet_half")
-        step = json.loads((path.parent / "state.json").read_text())["step"]
-        half = draw_all(output, "unet_half", path, step, scenes)
-        half_width = {"step": step, "samples_seen": step * batch, **judge.row(half)}
-    rows = baseline_rows(judge, scenes, real, pictures, load_autoencoder(output))
+    ladder, pictures = climb(output, arguments.arch, judge)
+    last = ladder[-1]
+    right = all_right(pictures, scenes, grader)
     result = {
         "what": "miniature A: a 64 px pipeline trained from scratch on composed emoji scenes, nothing else",
-        "command": "python " + " ".join(["scripts/train_miniature.py", *shown_arguments(arguments)]),
-        "provenance": provenance(arguments, final),
+        "command": command(arguments),
+        "provenance": provenance(arguments, averaged_weights(output / arguments.arch)),
         "data": describe_data(scenes),
-        "training": describe_training(output, arguments.arch, batch),
+        "training": describe_training(output, arguments.arch),
         "sampler": {"scheduler": "DDIMScheduler", **SAMPLER, "seed": f"{SEED} + index", "n": len(scenes)},
         "grader_on_real_test_scenes": rounded(grade_real(grader, 4000)),
         "reference_scenes": len(judge.reference),
         "chance": rounded(chance(scenes)),
-        "rows": rows,
+        "rows": baseline_rows(judge, scenes, real, pictures, load_autoencoder(output)),
         "ladder": ladder,
-        "half_width": half_width,
-        "all_right_interval_95": rounded(bootstrap_interval(all_right(pictures, scenes, grader))),
-        "smallest_difference_in_all_right": rounded(smallest_difference(all_right(pictures, scenes, grader))),
+        "ladder_in_order": in_order(ladder),
+        "half_width": half_width(output, judge, last["step"], last["samples_seen"]),
+        "all_right_interval_95": rounded(bootstrap_interval(right)),
+        "smallest_difference_in_all_right": rounded(smallest_difference(right)),
         "held_out_pairs": held_out(pictures, scenes, grader),
-        "copying": copying(pictures, real, arguments),
+        **copying(pictures, real, scenes, right, arguments),
     }
     (docs / "results").mkdir(parents=True, exist_ok=True)
     (docs / "results" / "miniature.json").write_text(json.dumps(result, indent=1) + "\n")
     write_report(docs)
     write_sheets(docs / "miniature", scenes, real, pictures, load_autoencoder(output))
     return result
+
+
+def climb(output: Path, arch: str, judge: Judge) -> tuple[list[dict], Tensor]:
+    """One row for every rung of the training's ladder, and the last rung's pictures."""
+    final = averaged_weights(output / arch)
+    last_step = json.loads((final.parent / "state.json").read_text())["step"]
+    batch = json.loads((output / arch / "config.json").read_text())["train_batch_size"]
+    rungs = sorted((int(path.stem.split("-")[1]), path) for path in (output / arch).glob("ema-*.safetensors"))
+    ladder = []
+    for step, path in [rung for rung in rungs if rung[0] < last_step] + [(last_step, final)]:
+        pictures = draw_all(output, arch, path, step, judge.scenes)
+        ladder.append({"step": step, "samples_seen": step * batch, **judge.row(pictures)})
+    return ladder, pictures
+
+
+def in_order(ladder: list[dict]) -> dict[str, bool]:
+    """Whether every further rung is at least as good as the one before, by each figure."""
+
+    def rising(values: list[float]) -> bool:
+        return all(before <= after for before, after in zip(values, values[1:], strict=False))
+
+    figures = {name: rising([rung["grader"][name] for rung in ladder]) for name in ("object", "all")}
+    distances = ("kid_miniature_grader", "fd_miniature_grader")
+    return figures | {name: rising([-rung[name] for rung in ladder]) for name in distances}
+
+
+def half_width(output: Path, judge: Judge, step: int, samples_seen: int) -> dict | None:
+    """The same figures of a denoiser of half the width, where one was trained for as many steps."""
+    path = output / "unet_half" / f"checkpoint-{step}" / "ema.safetensors"
+    if not path.is_file():
+        return None
+    pictures = draw_all(output, "unet_half", path, step, judge.scenes)
+    return {"step": step, "samples_seen": samples_seen, **judge.row(pictures)}
 
 
 def grade_real(grader: Grader, n: int) -> dict[str, float]:
@@ -178,11 +196,16 @@ def held_out(pictures: Tensor, scenes, grader: Grader) -> dict:
     return {name: {"n": len(s), "all": round(grade(p, s, grader)["all"], 4)} for name, (p, s) in split.items() if s}
 
 
-def copying(generated: Tensor, real: Tensor, arguments: argparse.Namespace) -> dict:
-    """Distance to the nearest training picture, for generated and, as the floor, for real test pictures."""
+def copying(generated: Tensor, real: Tensor, scenes, right: np.ndarray, arguments: argparse.Namespace) -> dict:
+    """Distance to the nearest training picture, for generated and, as the floor, for real test pictures.
+
+    Returns:
+        `copying`, figures over all pictures, and `samples`, one entry for each picture of the contact sheet.
+    """
     train = torch.cat([stack(grammar.scenes("train", 4096, arguments.seed, i)) for i in range(0, 32_768, 4096)])
     result = {"training_pictures_searched": len(train), "distance": "RMS over pixels, levels of 255"}
-    for name, pictures in (("generated", generated), ("real_test", real)):
+    samples = []
+    for name, pictures in (("real_test", real), ("generated", generated)):
         first, second, _ = nearest_pictures(pictures, train)
         result[name] = {
             "median_nearest": round(float(np.median(first)), 2),
@@ -190,66 +213,11 @@ def copying(generated: Tensor, real: Tensor, arguments: argparse.Namespace) -> d
             # a copy would be several times nearer to one training picture than to any other
             "copy_rate_nearest_below_half_of_second": round(float((first < 0.5 * second).mean()), 4),
         }
-    return result
-
-
-def describe_data(scenes: list[grammar.Scene]) -> dict:
-    text = "\n".join(grammar.caption(scene) for scene in scenes)
-    folder = Path(grammar.__file__).parent
-    c, b, t = len(grammar.CONCEPTS), len(grammar.COLORS), len(grammar.TEXTURES)
-    layouts = c * len(grammar.SIZES) * len(grammar.POSITIONS) + c * len(grammar.DEFAULT.counts) + c * (c - 1)
-    return {
-        "concepts": c,
-        "sprites_only_the_autoencoder_saw": len(grammar.HELD_OUT_CONCEPTS),
-        "combinations": layouts * b * t,
-        "held_out_object_background_pairs": [list(pair) for pair in grammar.HELD_OUT_PAIRS],
-        "test_captions_sha256": hashlib.sha256(text.encode()).hexdigest(),
-        "sprites_sha256": hashlib.sha256((folder / "sprites.png").read_bytes()).hexdigest(),
-    }
-
-
-def describe_training(output: Path, arch: str, batch: int) -> dict:
-    """Steps, pictures, hours and parameters of every trained stage."""
-    stages = {}
-    for folder in (output / name for name in ("vae", "decoder", arch, "unet_half", "grader")):
-        logs = folder / "log.jsonl"
-        if not logs.is_file():
-            continue
-        last = json.loads(logs.read_text().splitlines()[-1])
-        config = json.loads((folder / "config.json").read_text())
-        tensors = load_file(averaged_weights(folder))
-        stages[folder.name] = {
-            "steps": last["step"],
-            "pictures_seen": last["step"] * config["train_batch_size"],
-            "hours": round(last["seconds"] / 3600, 3),
-            "parameters": sum(tensor.numel() for tensor in tensors.values()),
-            **{key: config[key] for key in ("learning_rate", "lr_scheduler", "mixed_precision", "seed")},
-        }
-    return stages
-
-
-def provenance(arguments: argparse.Namespace, weights: Path) -> dict:
-    names = ("torch", "diffusers", "transformers", "accelerate", "numpy", "pillow")
-    return {
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in names}},
-        "device": f"CPU, {torch.get_num_threads()} threads, {platform.machine()}, {cpu_name()}",
-        "seed": arguments.seed,
-        "denoiser_weights_sha256": hashlib.sha256(weights.read_bytes()).hexdigest(),
-        "extractor": "miniature grader, penultimate layer (128 features)",
-    }
-
-
-def cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
-
-
-def shown_arguments(arguments: argparse.Namespace) -> list[str]:
-    """The command line without the machine's own paths."""
-    shown = [f"--stage {arguments.stage}", "--output_dir runs/miniature", f"--num_scenes {arguments.num_scenes}"]
-    return shown if "--arch" not in sys.argv else [*shown, f"--arch {arguments.arch}"]
+        samples = [
+            {"caption": grammar.caption(scene), "all_right": bool(ok), "nearest_training_picture": round(float(d), 2)}
+            for scene, ok, d in zip(scenes[:SHEET], right, first, strict=False)
+        ]
+    return {"copying": result, "samples": samples}
 
 
 def rounded(value, digits: int = 4):
@@ -261,11 +229,11 @@ def rounded(value, digits: int = 4):
 
 
 def write_sheets(folder: Path, scenes, real: Tensor, generated: Tensor, vae) -> None:
-    """The pictures of the docs: the first 40 test captions, unselected, and real scenes beside reconstructions."""
+    """The pictures of the docs: the first test captions, unselected, and real scenes beside reconstructions."""
     folder.mkdir(parents=True, exist_ok=True)
     captions = [grammar.caption(scene) for scene in scenes]
     as_rows = generated.permute(0, 2, 3, 1).numpy()
-    contact_sheet(as_rows[:40], folder / "generated.png", columns=8, zoom=2, captions=captions[:40])
+    contact_sheet(as_rows[:SHEET], folder / "generated.png", columns=8, zoom=2, captions=captions[:SHEET])
     both = torch.cat([real[:8], reconstruct(vae, real[:8]), generated[:8]]).permute(0, 2, 3, 1).numpy()
     labels = [f"{kind}: {c}" for kind in ("real", "autoencoder", "generated") for c in captions[:8]]
     contact_sheet(both, folder / "real_autoencoder_generated.png", columns=8, zoom=2, captions=labels)

@@ -108,7 +108,7 @@ def facts(result: dict) -> str:
 
 def training(result: dict) -> str:
     lines = [
-        f"**Cost** ({result['provenance']['device']}, shared with other work):",
+        f"**Cost** ({result['provenance']['device']}):",
         "",
         "| stage | parameters | steps | pictures seen | hours |",
         "|---|---:|---:|---:|---:|",

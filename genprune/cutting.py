@@ -4,27 +4,37 @@ from __future__ import annotations
 
 import hashlib
 import json
-import signal
-import threading
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import os
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
+from genprune.cut_guards import as_plan, check_cuttable, check_room, whole_or_marked
 from genprune.errors import PlanMismatch, UnsupportedModel, nearest
-from genprune.families import denoiser, denoiser_slot, family_of, find_sites, host_name
+from genprune.families import denoiser, denoiser_slot, find_sites, host_name
 from genprune.gates import gated_sites
+from genprune.interrupts import interrupt_deferred
 from genprune.plan import PlanBase, PruningPlan
 from genprune.replacements import ScatteredLinear
 from genprune.sites import Sites, SizeAttribute, Slice, effective_keep, kept_entries
 
 
-def plan_base(model: nn.Module) -> PlanBase:
-    """The base that plans for this model carry: host class and a fingerprint of its configuration and widths."""
-    described = {"config": family_of(model).config(model), "widths": pruned_widths(model)}
-    text = json.dumps(described, sort_keys=True, default=list)
-    return PlanBase(host_name(model), hashlib.sha256(text.encode()).hexdigest())
+def plan_base(model: nn.Module, sites: Sites | None = None) -> PlanBase:
+    """The base that plans for this model carry: host class, and a fingerprint of its sites and of the layers they cut.
+
+    Nothing else of the configuration counts, so that one plan serves every fine-tune of a base.
+    """
+    sites = find_sites(model) if sites is None else sites
+    described = [
+        [name, site.size, [[p.module, p.side, p.offset, p.width, *_shape(model, p.module)] for p in site.slices]]
+        for name, site in sorted(sites.items())
+    ]
+    return PlanBase(host_name(model), hashlib.sha256(json.dumps(described).encode()).hexdigest())
+
+
+def _shape(model: nn.Module, path: str) -> tuple[int, ...]:
+    return tuple(model.get_submodule(path).weight.shape)
 
 
 def applied_plan(model: nn.Module) -> PruningPlan | None:
@@ -42,7 +52,7 @@ def pruned_widths(model: nn.Module) -> dict[str, int]:
 
 def check_plan(model: nn.Module, plan: PruningPlan, sites: Sites) -> None:
     """Refuse a plan that is not for this model, before anything changes. Raises `PlanMismatch`."""
-    base = plan_base(model)
+    base = plan_base(model, sites)
     if plan.base.host != base.host:
         raise PlanMismatch(
             f"the plan is for {plan.base.host}, the model is {type(model).__name__} ({base.host}). "
@@ -59,10 +69,10 @@ def check_plan(model: nn.Module, plan: PruningPlan, sites: Sites) -> None:
                 f"the plan has {mask.numel()} units at '{name}', the model has {sites[name].size}. "
                 "Make a plan for this model with gp.make_plan(model, ...)."
             )
-    if plan.base.config_sha256 != base.config_sha256:
+    if plan.base.sites_sha256 != base.sites_sha256:
         raise PlanMismatch(
             f"the plan was made for another configuration of {base.host} "
-            f"({plan.base.config_sha256[:12]}, this model is {base.config_sha256[:12]}). "
+            f"({plan.base.sites_sha256[:12]}, this model is {base.sites_sha256[:12]}). "
             "Use the base that it was made for, or make a plan for this model with gp.make_plan(model, ...)."
         )
     if plan.ops:
@@ -93,12 +103,28 @@ def shrink_(model: nn.Module, sites: Sites, keep: Mapping[str, Tensor]) -> None:
 
     Raises:
         UnsupportedModel: a layer cannot be narrowed (quantised, or wrapped by an adapter); nothing has changed then.
+        CutFailed: something failed midway; the model is marked as partly cut.
     """
+    keep, masks = _checked(model, sites, keep)
+    with whole_or_marked(model):
+        _shrink_checked_(model, sites, keep, masks)
+
+
+_Masks = dict[tuple[str, str], Tensor]
+
+
+def _checked(model: nn.Module, sites: Sites, keep: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], _Masks]:
+    """What to do, after every check: the masks that change something, and those of the layers that shrink."""
     keep = effective_keep(sites, keep)
     masks = layer_masks(model, sites, keep)
-    scattered = {p.module for name in keep for p in sites[name].slices if p.scatter}
     for (path, side), mask in masks.items():
         _check_layer(path, model.get_submodule(path), side, mask)
+    check_room(model, masks)
+    return keep, masks
+
+
+def _shrink_checked_(model: nn.Module, sites: Sites, keep: Mapping[str, Tensor], masks: _Masks) -> None:
+    scattered = {p.module for name in keep for p in sites[name].slices if p.scatter}
     # Attributes and removed modules first: both read the model as it was.
     for name, mask in keep.items():
         site, kept = sites[name], int(mask.sum())
@@ -186,40 +212,29 @@ def _scattered(linear: nn.Linear, mask: Tensor) -> ScatteredLinear:
     return narrow
 
 
-@contextmanager
-def interrupt_deferred() -> Iterator[None]:
-    """Hold Ctrl-C back until the block is done, so that a model is never half cut. No-op off the main thread."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    caught = []
-    previous = signal.signal(signal.SIGINT, lambda *received: caught.append(received))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, previous)
-        if caught:
-            signal.raise_signal(signal.SIGINT)
-
-
-def cut(target, plan: PruningPlan):
+def cut(target, plan: PruningPlan | str | os.PathLike):
     """Cut a model for real, in place: smaller layers, removed blocks; same host, same `from_pretrained`.
 
     Args:
         target: the supported model, or the pipeline, that the plan was made for.
-        plan: what stays. The whole plan is checked before anything changes, and Ctrl-C waits for the end of the cut.
+        plan: what stays; a `PruningPlan`, or the path of one. The whole plan is checked before anything changes, and
+            Ctrl-C waits for the end of the cut.
 
     Returns:
         `target` itself. A diffusers model has become its `Pruned...` class (still an instance of the host's class),
         and a pipeline's component is registered again, so that `save_pretrained` and `from_pretrained` work.
 
     Raises:
-        UnsupportedModel: no family knows the model. PlanMismatch: the plan is for another model, or gates are still
-        attached. In every case the model is as it was.
+        UnsupportedModel: no family knows the model, or a layer cannot be narrowed. PlanMismatch: the plan is for
+        another model, or gates, an adapter or an offload are still attached. torch.OutOfMemoryError: there is no room
+        for one more layer. In these cases the model is as it was.
+        CutFailed: something failed after the first change. The old weights are not kept (that would take a second
+        model's memory), so the model stays partly cut: it refuses to run, to be saved and to be cut. Load it again.
     """
     from genprune import saving
 
-    model = denoiser(target)
+    model, plan = denoiser(target), as_plan(plan)
+    check_cuttable(model)
     sites = find_sites(model)
     check_plan(model, plan, sites)
     if gated := gated_sites(model):
@@ -236,8 +251,9 @@ def cut(target, plan: PruningPlan):
     joined = plan if before is None else before.then(plan)
     saving.check_adoptable(model)
     widths = pruned_widths(model) | {n: int(mask.sum()) for n, mask in plan.keep.items() if not mask.all()}
-    with interrupt_deferred():
-        shrink_(model, sites, plan.keep)
+    keep, masks = _checked(model, sites, plan.keep)
+    with interrupt_deferred(), whole_or_marked(model):
+        _shrink_checked_(model, sites, keep, masks)
         model._genprune_plan = joined
         model._genprune_widths = widths
         saving.adopt_(model)

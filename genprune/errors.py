@@ -22,6 +22,10 @@ class PlanMismatch(GenpruneError):
     """A plan, folder or LoRA belongs to another model, or is damaged."""
 
 
+class CutFailed(GenpruneError):
+    """A cut failed midway: the model is partly cut, and refuses to run, to be saved and to be cut."""
+
+
 class BudgetUnreachable(GenpruneError):
     """No legal plan meets the budget; the message holds a table of what is reachable."""
 

@@ -9,6 +9,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from genprune.errors import PlanMismatch
+from genprune.interrupts import interrupt_deferred
+
 
 @contextmanager
 def whole_file(path: str | os.PathLike) -> Iterator[Path]:
@@ -32,17 +35,40 @@ def whole_folder(path: str | os.PathLike) -> Iterator[Path]:
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent))
     try:
         yield temporary
-        if path.exists():
-            retired = path.with_name(f".{path.name}.{os.getpid()}.old")
-            os.replace(path, retired)
-            try:
-                os.replace(temporary, path)
-            except OSError:
-                os.replace(retired, path)
-                raise
-            shutil.rmtree(retired, ignore_errors=True)
-        else:
-            os.replace(temporary, path)
-        os.chmod(path, 0o755)
+        os.chmod(temporary, 0o755)
+        with interrupt_deferred():  # between the two renames there is nothing at `path`
+            _swap(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _swap(temporary: Path, path: Path) -> None:
+    """Put `temporary` at `path`; what was there goes last."""
+    if not path.exists():
+        os.replace(temporary, path)
+        return
+    retired = path.with_name(f".{path.name}.{os.getpid()}.old")
+    os.replace(path, retired)
+    try:
+        os.replace(temporary, path)
+    except BaseException:
+        os.replace(retired, path)
+        raise
+    if retired.is_dir():
+        shutil.rmtree(retired, ignore_errors=True)
+    else:
+        retired.unlink()
+
+
+def check_replaceable(folder: str | os.PathLike, marker: str, what: str = "a saved model") -> None:
+    """Refuse to replace a folder as a whole unless it is empty or holds `marker`: no one's other files go with it.
+
+    Raises:
+        PlanMismatch: `folder` is a file, or a folder of something else than `what`.
+    """
+    folder = Path(folder)
+    if folder.is_dir() and (not any(folder.iterdir()) or (folder / marker).is_file()):
+        return
+    if folder.exists():
+        found = "a folder with other files" if folder.is_dir() else "a file"
+        raise PlanMismatch(f"'{folder}' is {found}; expected a new folder or one of {what}. Pass another path.")

@@ -65,8 +65,8 @@ def adapt_lora(state_dict: Mapping[str, Tensor] | str | os.PathLike, plan: Any, 
     skeleton = _meta(family, config)
     if plan_base(skeleton) != plan.base:
         raise PlanMismatch(
-            f"the plan is for another configuration of {plan.base.host} ({plan.base.config_sha256[:12]}, the base is "
-            f"{plan_base(skeleton).config_sha256[:12]}). Pass the dense base that the plan was made for."
+            f"the plan is for another configuration of {plan.base.host} ({plan.base.sites_sha256[:12]}, the base is "
+            f"{plan_base(skeleton).sites_sha256[:12]}). Pass the dense base that the plan was made for."
         )
     state_dict = renamed_for_diffusers(state_dict, plan.base.host, skeleton)
     cut = _what_is_left(skeleton, plan.keep)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -13,11 +14,13 @@ import torch
 from torch import Tensor
 
 from genprune.errors import PlanMismatch, nearest
-from genprune.files import whole_file, whole_folder
+from genprune.files import check_replaceable, whole_file, whole_folder
+from genprune.plan_format import packed_bits, read_tensors, read_text, unpacked_bits
 
 FORMAT_VERSION = 1
 PLAN_FILE = "genprune_plan.safetensors"  # beside the weights of a pruned model
 _METADATA_KEY = "genprune_plan"
+_SITES_KEY = "genprune_sites"
 
 
 @dataclass(frozen=True)
@@ -26,11 +29,12 @@ class PlanBase:
 
     Args:
         host: its stock class name, such as `UNet2DConditionModel`.
-        config_sha256: fingerprint of its configuration (what was already pruned included, weights not).
+        sites_sha256: fingerprint of its sites and the shapes of the layers that they cut. Fine-tunes of one base share
+            it, and so do variants that differ elsewhere, such as an inpainting U-Net or a ViT with another head.
     """
 
     host: str
-    config_sha256: str
+    sites_sha256: str
 
 
 @dataclass(frozen=True)
@@ -137,12 +141,16 @@ class PruningPlan:
         """Write the plan to a folder (`plan.json` + `plan.safetensors`), or to one `.safetensors` file.
 
         Nothing is left half-written: a failure leaves `path` as it was.
+
+        Raises:
+            PlanMismatch: `path` is a folder that holds something else than a plan.
         """
         path = Path(path)
         if path.suffix == ".safetensors":
             with whole_file(path) as temporary:
                 self._write_tensors(temporary, metadata={_METADATA_KEY: json.dumps(self.to_json())})
             return path
+        check_replaceable(path, "plan.json", "a plan")
         with whole_folder(path) as folder:
             (folder / "plan.json").write_text(json.dumps(self.to_json(), indent=2) + "\n", encoding="utf-8")
             self._write_tensors(folder / "plan.safetensors", metadata={"format": "genprune"})
@@ -151,9 +159,10 @@ class PruningPlan:
     def _write_tensors(self, path: Path, metadata: dict[str, str]) -> None:
         from safetensors.torch import save_file
 
-        tensors = {f"keep.{name}": mask.to(torch.uint8) for name, mask in self.keep.items()}
+        # One tensor of bits in the order of `sites`: a name and a byte for each unit would be 8 to 10 times larger.
+        tensors = {"keep": packed_bits(torch.cat([torch.zeros(0, dtype=torch.bool), *self.keep.values()]))}
         tensors |= {f"tensor.{name}": value.contiguous() for name, value in self.tensors.items()}
-        save_file(tensors, str(path), metadata=metadata)
+        save_file(tensors, str(path), metadata={_SITES_KEY: _digest(self.to_json()["sites"]), **metadata})
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> PruningPlan:
@@ -164,7 +173,7 @@ class PruningPlan:
         """
         path = Path(path)
         if path.is_dir() and (path / "plan.json").is_file():
-            text, tensors = _read(path / "plan.json"), path / "plan.safetensors"
+            text, tensors = read_text(path / "plan.json"), path / "plan.safetensors"
         else:
             tensors = path / PLAN_FILE if path.is_dir() else path
             text = None
@@ -173,17 +182,19 @@ class PruningPlan:
                 f"no plan at '{path}': expected a folder with plan.json and plan.safetensors, a .safetensors plan, "
                 f"or a pruned model's folder with {PLAN_FILE}. Write one with plan.save(path)."
             )
-        masks, extra, metadata = _read_tensors(tensors)
+        bits, extra, metadata = read_tensors(tensors)
         if text is None:
             if _METADATA_KEY not in metadata:
                 raise PlanMismatch(
                     f"'{tensors}' is a safetensors file without a plan. Pass a file that plan.save wrote."
                 )
             text = metadata[_METADATA_KEY]
-        return cls._from_json(text, masks, extra, source=path)
+        return cls._from_json(text, bits, extra, metadata, source=path)
 
     @classmethod
-    def _from_json(cls, text: str, masks: dict[str, Tensor], tensors: dict[str, Tensor], source: Path) -> PruningPlan:
+    def _from_json(
+        cls, text: str, bits: Tensor, tensors: dict[str, Tensor], metadata: dict[str, str], source: Path
+    ) -> PruningPlan:
         def refuse(problem: str) -> PlanMismatch:
             return PlanMismatch(f"the plan at '{source}' {problem}. Make it again, or restore the file.")
 
@@ -191,31 +202,27 @@ class PruningPlan:
             data = json.loads(text)
         except json.JSONDecodeError as error:
             raise refuse(f"is not whole JSON ({error.msg} at line {error.lineno})") from None
-        if not isinstance(data, dict) or not isinstance(data.get("format_version"), int):
+        if not isinstance(data, dict) or type(version := data.get("format_version")) is not int or version < 1:
             raise refuse("has no format_version; expected the JSON object that plan.save writes")
-        if data["format_version"] > FORMAT_VERSION:
+        if version > FORMAT_VERSION:
             raise PlanMismatch(
-                f"the plan at '{source}' has format {data['format_version']}, this genprune reads up to "
-                f"{FORMAT_VERSION}. Upgrade with `pip install -U genprune`."
+                f"the plan at '{source}' has format {version}, this genprune reads up to {FORMAT_VERSION}. "
+                "Upgrade with `pip install -U genprune`."
             )
         known = {"format_version", "sites"} | {f.name for f in fields(cls)} - {"keep", "tensors"}
         for key in data:
             if key not in known:
                 raise refuse(f"has an unknown key '{key}'{nearest(key, known)}")
         try:
-            base = PlanBase(**data["base"])
-            sites = {str(n): (int(kept), int(size)) for n, (kept, size) in data["sites"].items()}
-            ops = tuple(dict(op) for op in data.get("ops", ()))
+            parts = _checked_parts(data)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise refuse(f"lacks a part or has one of the wrong type ({error})") from None
-        if sites != {n: (int(m.sum()), m.numel()) for n, m in masks.items()}:
-            wrong = sorted(set(sites) ^ set(masks)) or [
-                n for n, (kept, size) in sites.items() if (kept, size) != (int(masks[n].sum()), masks[n].numel())
-            ]
-            raise refuse(f"says other widths than its masks, first at '{wrong[0]}': one of the two was edited")
-        optional = {key: data[key] for key in ("operating_point", "figures", "made_by") if key in data}
-        keep = {name: masks[name] for name in sites}  # in the order that it was made with: saving again, same bytes
-        return cls(base=base, keep=keep, ops=ops, tensors=tensors, **optional)
+        sites = parts.pop("sites")
+        if metadata.get(_SITES_KEY) != _digest(data["sites"]):
+            raise refuse("names other sites or widths than its masks: one of the two was edited")
+        sizes = [size for _, size in sites.values()]
+        masks = unpacked_bits(bits, sum(sizes)).split(sizes)
+        return cls(keep=dict(zip(sites, masks)), tensors=tensors, **parts)
 
     def __eq__(self, other: object) -> bool:
         return (
@@ -249,28 +256,31 @@ class PruningPlan:
         return "\n".join(lines)
 
 
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        raise PlanMismatch(f"'{path}' is not a text file; expected the JSON that plan.save writes.") from None
+def _digest(sites: Mapping[str, Any]) -> str:
+    """Ties masks to the names and widths that they were saved with, in order."""
+    return hashlib.sha256(json.dumps(list(sites.items())).encode()).hexdigest()
 
 
-def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, str]]:
-    from safetensors import SafetensorError, safe_open
-
-    masks, extra = {}, {}
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            metadata = file.metadata() or {}
-            for key in file.keys():
-                kind, _, name = key.partition(".")
-                if kind == "keep":
-                    masks[name] = file.get_tensor(key).bool()
-                else:
-                    extra[name] = file.get_tensor(key)
-    except SafetensorError as error:
-        raise PlanMismatch(
-            f"'{path}' is not a whole safetensors file ({error}). Make the plan again, or restore the file."
-        ) from None
-    return masks, extra, metadata
+def _checked_parts(data: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a plan from its JSON data, their types checked. Raises what the conversions raise."""
+    base = PlanBase(**data["base"])
+    if not all(isinstance(value, str) for value in asdict(base).values()):
+        raise TypeError("base names its host and fingerprint as text")
+    sites = {str(name): (int(kept), int(size)) for name, (kept, size) in data["sites"].items()}
+    if any(not 0 <= kept <= size for kept, size in sites.values()):
+        raise ValueError("a site keeps between 0 and all of its units")
+    point = {str(name): int(value) for name, value in data.get("operating_point", {}).items()}
+    figures = {str(name): value for name, value in data.get("figures", {}).items()}
+    if not all(isinstance(value, (int, float)) for value in figures.values()):
+        raise TypeError("figures are numbers")
+    made_by = dict(data.get("made_by", {}).items())
+    budget = made_by.get("budget", {"keep": 1.0, "of": "", "reached": 1.0})
+    float(budget["keep"]), str(budget["of"]), float(budget["reached"])
+    return {
+        "base": base,
+        "sites": sites,
+        "ops": tuple(dict(op) for op in data.get("ops", ())),
+        "operating_point": point,
+        "figures": figures,
+        "made_by": made_by,
+    }

@@ -13,7 +13,7 @@ from torch import nn
 from genprune.cutting import applied_plan, pruned_widths
 from genprune.errors import PlanMismatch, UnsupportedModel
 from genprune.families import family_of, host_name, supported
-from genprune.files import whole_folder
+from genprune.files import check_replaceable, whole_folder
 from genprune.gates import gated_sites
 from genprune.plan import PLAN_FILE, PruningPlan
 from genprune.widths import PRUNING_KEY, apply_widths_, check_same_widths, pruning_entry, read_widths
@@ -88,15 +88,6 @@ def save_model(model: nn.Module, folder: str | os.PathLike) -> Path:
         else:
             _save_timm(model, temporary)
     return folder
-
-
-def check_replaceable(folder: Path, marker: str) -> None:
-    """A folder that is replaced as a whole must hold `marker`, or be empty: no one's other files go with it."""
-    if folder.is_dir() and (not any(folder.iterdir()) or (folder / marker).is_file()):
-        return
-    if folder.exists():
-        found = "a folder with other files" if folder.is_dir() else "a file"
-        raise PlanMismatch(f"'{folder}' is {found}; expected a new folder or one of a saved model. Pass another path.")
 
 
 def _save_timm(model: nn.Module, folder: Path) -> None:

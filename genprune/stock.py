@@ -12,9 +12,9 @@ from torch import nn
 from genprune.cutting import applied_plan, pruned_widths
 from genprune.errors import PlanMismatch, UnsupportedModel
 from genprune.families import Family, denoiser, denoiser_slot, family_of, find_sites, host_name
-from genprune.files import whole_folder
+from genprune.files import check_replaceable, whole_folder
 from genprune.gates import gated_sites
-from genprune.saving import check_replaceable, save_model
+from genprune.saving import save_model
 from genprune.sites import effective_keep
 from genprune.widths import first_units
 

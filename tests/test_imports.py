@@ -15,7 +15,7 @@ HOSTS = ("diffusers", "timm", "transformers", "torchvision", "safetensors", "acc
 # The floors of the house, lowest first (docs/architecture.md): a room imports its own floor and those below.
 # Imports inside functions count as well; only `TYPE_CHECKING` blocks do not.
 FLOORS = (
-    ("errors", "files", "plan", "miniature"),
+    ("errors", "interrupts", "files", "plan_format", "plan", "miniature"),
     ("sites", "replacements", "families"),
     ("gates", "cutting", "costs", "widths", "saving", "pruned_models", "stock", "slice_loading", "lora", "lora_names"),
     ("denoising", "metrics"),

@@ -70,14 +70,26 @@ def edited(plan: PruningPlan, folder: Path, change) -> Path:
         (lambda d: d.pop("format_version"), "has no format_version; expected the JSON object that plan.save writes"),
         (
             lambda d: d["sites"].update({"a.attn:heads": [2, 4]}),
-            "other widths than its masks, first at 'a.attn:heads'",
+            "names other sites or widths than its masks",
         ),
-        (lambda d: d["sites"].pop("a.ff:neurons"), "other widths than its masks, first at 'a.ff:neurons'"),
-        (lambda d: d["sites"].update({"b:heads": [1, 2]}), "other widths than its masks, first at 'b:heads'"),
+        (lambda d: d["sites"].pop("a.ff:neurons"), "names other sites or widths than its masks"),
+        (lambda d: d["sites"].update({"b:heads": [1, 2]}), "names other sites or widths than its masks"),
         (lambda d: d.pop("base"), "lacks a part or has one of the wrong type"),
         (lambda d: d.update(base={"host": "X"}), "lacks a part or has one of the wrong type"),
         (lambda d: d.update(sites=[1, 2]), "lacks a part or has one of the wrong type"),
         (lambda d: d.update(ops=["fold"]), "lacks a part or has one of the wrong type"),
+        (lambda d: d.update(base={"host": 5, "sites_sha256": None}), "lacks a part or has one of the wrong type"),
+        (lambda d: d.update(figures={"params": "many"}), "lacks a part or has one of the wrong type"),
+        (lambda d: d.update(figures=[]), "lacks a part or has one of the wrong type"),
+        (lambda d: d.update(made_by=[1]), "lacks a part or has one of the wrong type"),
+        (lambda d: d.update(made_by={"budget": 1}), "lacks a part or has one of the wrong type"),
+        (lambda d: d.update(operating_point={"height": "x"}), "lacks a part or has one of the wrong type"),
+        (lambda d: d.update(format_version=True), "has no format_version"),
+        (lambda d: d.update(format_version=0), "has no format_version"),
+        (
+            lambda d: d.update(sites=dict(zip(reversed(d["sites"]), d["sites"].values()))),
+            "names other sites or widths than its masks",
+        ),
     ],
 )
 def test_hand_edited_json_is_refused(plan: PruningPlan, tmp_path: Path, change, text: str):
@@ -224,3 +236,18 @@ def test_nothing_of_the_package_unpickles():
                 names = [node.module or ""] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names]
                 assert not {"pickle", "dill", "joblib"} & {name.split(".")[0] for name in names}, where
     assert "torch.load" not in (package / "plan.py").read_text(encoding="utf-8")
+
+
+def test_a_folder_of_other_files_is_not_replaced(plan: PruningPlan, tmp_path: Path):
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "thesis.txt").write_text("four years")
+    with pytest.raises(PlanMismatch, match="a folder with other files; expected a new folder or one of a plan"):
+        plan.save(tmp_path / "thesis")
+    assert [path.name for path in (tmp_path / "thesis").iterdir()] == ["thesis.txt"]
+
+
+def test_masks_take_a_bit_a_unit(tmp_path: Path):
+    mask = torch.rand(80_003, generator=torch.Generator().manual_seed(0)) > 0.5
+    plan = PruningPlan(PlanBase("UNet2DConditionModel", "ab" * 32), {"a.ff:neurons": mask, "b:heads": ~mask[:3]})
+    assert plan.save(tmp_path / "plan.safetensors").stat().st_size < 80_003 / 8 + 1500
+    assert PruningPlan.load(tmp_path / "plan.safetensors") == plan

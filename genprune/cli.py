@@ -138,7 +138,7 @@ def prune(
         typer.Option(help="Kinds of sites that may go, repeatable or comma-separated; see `genprune inspect`."),
     ] = None,
     plan_only: Annotated[
-        bool, typer.Option("--plan-only", help="Write the plan, a few KB, and leave the model.")
+        bool, typer.Option("--plan-only", help="Write the plan, a small file, and leave the model.")
     ] = False,
     stock: Annotated[
         bool,

@@ -38,6 +38,7 @@ def export(arguments: argparse.Namespace) -> Path:
     # in front of a float32 denoiser would crash, so the record says float32 (the file stays float16)
     config = written / "text_encoder" / "config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "dtype": "float32"}, indent=2) + "\n")
+    _name_text_weights_as_the_hub_does(written / "text_encoder" / "model.safetensors")
     shutil.rmtree(folder, ignore_errors=True)
     written.rename(folder)
     if any((arguments.output_dir / "grader").glob("checkpoint-*[0-9]")):
@@ -49,6 +50,13 @@ def export(arguments: argparse.Namespace) -> Path:
     if size > LIMIT:
         raise ValueError(f"{target} holds {size / 2**20:.1f} MiB, but at most 20 may be embedded; narrow a model")
     return folder
+
+
+def _name_text_weights_as_the_hub_does(path: Path) -> None:
+    # transformers 5 dropped the prefix from its names but reads both; version 4 reads the prefixed ones alone, and
+    # would start from random weights with no more than a warning
+    tensors = {f"text_model.{name.removeprefix('text_model.')}": t for name, t in load_file(path).items()}
+    save_file(tensors, path, metadata={"format": "pt"})
 
 
 def write_log(output_dir: Path, path: Path, lines_per_stage: int = 25) -> None:

@@ -114,3 +114,15 @@ def test_missing_pipeline_says_what_to_do(monkeypatch, tmp_path: Path):
     monkeypatch.setattr(miniature, "__file__", str(tmp_path / "__init__.py"))
     with pytest.raises(FileNotFoundError, match="reinstall genprune"):
         miniature.pipeline_dir()
+
+
+@needs_pipeline
+def test_text_weights_carry_the_names_that_every_transformers_reads():
+    from safetensors import safe_open
+
+    with safe_open(HERE / "pipeline" / "text_encoder" / "model.safetensors", "pt") as file:
+        # without the prefix, transformers 4 would start from random weights
+        assert all(name.startswith("text_model.") for name in file.keys())  # noqa: SIM118
+    text_encoder = miniature.load_pipeline().text_encoder
+    # trained embeddings are far from the 0.02 of fresh ones
+    assert text_encoder.get_input_embeddings().weight.std() > 0.03

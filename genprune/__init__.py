@@ -10,6 +10,7 @@ import importlib
 from genprune.errors import (
     BadCalibrationData,
     BudgetUnreachable,
+    CutFailed,
     GenpruneError,
     NoMatchingSites,
     PlanMismatch,
@@ -49,6 +50,7 @@ _SUBPACKAGES = ("bench", "metrics", "miniature", "pipelines", "routers")
 __all__ = [
     "BadCalibrationData",
     "BudgetUnreachable",
+    "CutFailed",
     "GenpruneError",
     "NoMatchingSites",
     "PlanMismatch",

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
+from genprune.cut_guards import as_plan
 from genprune.errors import PlanMismatch
 from genprune.families import denoiser, find_sites
 from genprune.plan import PruningPlan
@@ -165,7 +167,8 @@ class GateHandle:
 
 
 def _checked(site: Site, value: Tensor) -> Tensor:
-    if not isinstance(value, Tensor) or not value.is_floating_point() or value.shape[-1:] != (site.size,):
+    fits = isinstance(value, Tensor) and value.ndim in (1, 2) and value.shape[-1] == site.size
+    if not fits or not value.is_floating_point():
         found = f"{value.dtype} of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
         raise PlanMismatch(
             f"the gate of '{site.name}' is {found}; expected a float tensor of shape ({site.size},) or "
@@ -174,25 +177,28 @@ def _checked(site: Site, value: Tensor) -> Tensor:
     return value
 
 
-def attach_gates(target, gates: PruningPlan | Mapping[str, Tensor], sites: Sites | None = None) -> GateHandle:
+def attach_gates(
+    target, gates: PruningPlan | str | os.PathLike | Mapping[str, Tensor], sites: Sites | None = None
+) -> GateHandle:
     """Gate a model's sites by hooks, in place; nothing else of the model changes.
 
     Args:
         target: a supported model or a pipeline.
-        gates: site name -> float tensor of shape `(size,)` or `(rows, size)`, 1 keeps and 0 removes; or a plan,
-            which is attached as zeros and ones.
+        gates: site name -> float tensor of shape `(size,)` or `(rows, size)`, 1 keeps and 0 removes; or a plan
+            or the path of one, which is attached as zeros and ones.
         sites: what `find_sites(target)` returned, when at hand.
 
     Returns:
         A `GateHandle`; also a context manager.
 
     Raises:
-        NoMatchingSites: a name is no site of the model. PlanMismatch: a gate has the wrong shape or dtype.
+        NoMatchingSites: a name is no site of the model. PlanMismatch: a gate has the wrong shape or dtype, or
+        `gates` is neither gates nor a plan.
     """
     model = denoiser(target)
     sites = find_sites(model) if sites is None else sites
-    if isinstance(gates, PruningPlan):
-        gates = {name: mask.float() for name, mask in gates.keep.items()}
+    if not isinstance(gates, Mapping):
+        gates = {name: mask.float() for name, mask in as_plan(gates).keep.items()}
     held = {name: Gate(sites[name], _checked(sites[name], value)) for name, value in gates.items()}
     hooks = []
     try:

@@ -67,6 +67,8 @@ def test_a_refused_gate_attaches_nothing(dense: DenseRun):
         attach_gates(dense.model, {name: torch.ones(dense.sites[name].size), "nowhere:heads": torch.ones(1)})
     with pytest.raises(PlanMismatch, match=rf"float32 of shape \(1000,\); expected .* \({dense.sites[name].size},\)"):
         attach_gates(dense.model, {name: torch.ones(1000)})
+    with pytest.raises(PlanMismatch, match=r"float32 of shape \(2, 1, \d+\); expected .* or \(rows, "):
+        attach_gates(dense.model, {name: torch.ones(2, 1, dense.sites[name].size)})
     with pytest.raises(PlanMismatch, match="torch.bool"):
         attach_gates(dense.model, {name: torch.ones(dense.sites[name].size, dtype=torch.bool)})
     assert hooks(dense.model) == before

@@ -53,7 +53,8 @@ class Method:
             if value is not None:
                 object.__setattr__(self, field, (value,) if isinstance(value, str) else tuple(value))
         check_budget(self.keep, self.of)
-        check_kinds(self.kinds or ())
+        if self.kinds is not None:
+            check_kinds(self.kinds)
         if self.allocation not in ALLOCATIONS:
             raise GenpruneError(
                 f"allocation={self.allocation!r}{nearest(str(self.allocation), ALLOCATIONS)}; expected one of "

@@ -192,6 +192,8 @@ def test_settings_out_of_range_are_refused(settings, match):
         gp.Taylor(**settings)
     with pytest.raises(NoMatchingSites, match="no kind of site is called 'haeds', nearest name: 'heads'"):
         gp.Taylor(kinds="haeds")
+    with pytest.raises(NoMatchingSites, match=r"kinds=\(\) names no kind of site; expected some of .*Leave kinds out"):
+        gp.Magnitude(kinds=())
 
 
 def test_bad_targets_and_data_are_refused(pipe):

@@ -58,7 +58,12 @@ def check_budget(keep: float, of: str) -> None:
 
 
 def check_kinds(kinds: tuple[str, ...]) -> None:
-    """Raises `NoMatchingSites` for a kind that no model has."""
+    """Raises `NoMatchingSites` for no kinds at all, or for a kind that no model has."""
+    if not kinds:
+        raise NoMatchingSites(
+            f"kinds={kinds!r} names no kind of site; expected some of {KINDS}. Leave kinds out for the kinds that "
+            "narrow layers."
+        )
     for kind in kinds:
         if kind not in KINDS:
             raise NoMatchingSites(f"no kind of site is called '{kind}'{nearest(kind, KINDS)}; expected {KINDS}.")

@@ -137,6 +137,14 @@ def family_of(model: nn.Module) -> Family:
     for cls in type(model).__mro__:
         if cls.__name__ in _SERVED:
             return family_named(cls.__name__)
+    for attribute in ("_orig_mod", "model", "module"):  # torch.compile, timm's feature extractors, DDP
+        inner = getattr(model, attribute, None)
+        if isinstance(inner, nn.Module) and any(cls.__name__ in _SERVED for cls in type(inner).__mro__):
+            later = ", or compile after the cut" if attribute == "_orig_mod" else ""
+            raise UnsupportedModel(
+                f"{type(model).__name__} wraps a {type(inner).__name__}; expected that model itself. Pass "
+                f"`model.{attribute}`{later}."
+            )
     raise UnsupportedModel(
         f"{type(model).__name__} is not a model that genprune can prune; supported: {', '.join(supported())}. "
         "Pass one of those, or a diffusers pipeline that holds one as `unet` or `transformer`."
@@ -179,12 +187,12 @@ def denoiser(target: Any) -> nn.Module:
     return target if slot is None else getattr(target, slot)
 
 
-def find_sites(target: Any, kinds: tuple[str, ...] | None = None) -> Sites:
+def find_sites(target: Any, kinds: str | tuple[str, ...] | None = None) -> Sites:
     """Everything that can be cut from a model, or from a pipeline's denoiser.
 
     Args:
         target: a supported model, on any device (meta included), or a diffusers pipeline.
-        kinds: only these kinds of `genprune.sites.KINDS`; default all.
+        kinds: only this kind or these kinds of `genprune.sites.KINDS`; default all.
 
     Returns:
         `Sites`: a mapping from site name to `Site`, in module order.
@@ -204,4 +212,6 @@ def find_sites(target: Any, kinds: tuple[str, ...] | None = None) -> Sites:
             f"nothing of this {type(model).__name__} can be cut exactly ({reasons}). "
             f"Pass a model whose blocks are known; supported hosts: {', '.join(supported())}."
         )
-    return found if kinds is None else found.of_kind(*kinds)
+    if kinds is None:
+        return found
+    return found.of_kind(*((kinds,) if isinstance(kinds, str) else kinds))

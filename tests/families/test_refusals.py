@@ -24,6 +24,24 @@ def test_a_host_without_a_family_is_refused_by_name():
         find_sites(model)
 
 
+def test_a_wrapped_model_says_which_one_to_pass():
+    import timm
+
+    with pytest.raises(UnsupportedModel, match="OptimizedModule wraps a UNet2D.*`model._orig_mod`, or compile after"):
+        find_sites(torch.compile(unet()))
+    name = "vit_tiny_patch16_224"
+    features = timm.create_model(name, img_size=32, depth=2, features_only=True, out_indices=(0, 1))
+    with pytest.raises(UnsupportedModel, match="FeatureGetterNet wraps a VisionTransformer.*Pass `model.model`.$"):
+        find_sites(features)
+
+
+def test_one_kind_may_be_a_plain_string():
+    model = vit()
+    assert list(find_sites(model, "heads")) == list(find_sites(model, ("heads",)))
+    with pytest.raises(NoMatchingSites, match="no site of kind 'haeds' .*it has heads"):
+        find_sites(model, "haeds")
+
+
 def test_a_norm_between_heads_and_their_consumer_refuses_the_heads_alone():
     sites = find_sites(vit(scale_attn_norm=True))
     assert sites.kinds() == ("neurons", "branch", "block")

@@ -146,7 +146,8 @@ def prune(
     ] = False,
     seed: Seed = 0,
     dtype: Annotated[Precision, typer.Option(help="Precision to score in and to save.")] = Precision.float32,
-    device: Annotated[str, typer.Option(help="Where to score: cpu, cuda, ...")] = "cpu",
+    device: Annotated[str, typer.Option(help="Where to score and time: cpu, cuda, ...")] = "cpu",
+    latency: Annotated[bool, typer.Option(help="Time dense and pruned on --device, where both fit in memory.")] = True,
     force: Force = False,
     as_json: Json = False,
 ) -> None:
@@ -171,6 +172,7 @@ def prune(
         stock=stock,
         device=device,
         dtype=getattr(torch, dtype.value),
+        latency=latency,
         say=console.print_step,
     )
     if as_json:

@@ -8,17 +8,23 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
+from torch import nn
 
+from genprune.cutting import pruned_widths
 from genprune.errors import BadCalibrationData, GenpruneError
+from genprune.families import denoiser
 from genprune.files import whole_folder
 from genprune.methods import Method
 from genprune.model_source import MINIATURE, ModelSource
 from genprune.plan import PruningPlan
+from genprune.planning import with_latency
 
 # A folder with one of these was written by genprune, diffusers or timm: `--force` may replace it, and nothing else.
 _KNOWN_CONTENT = ("model_index.json", "config.json", "plan.json", "result.json")
 CALIBRATION_PROMPTS = 16  # of the miniature, where no prompts are given
+LATENCY_ROUNDS = 5
 
 
 class FolderInTheWay(GenpruneError):
@@ -101,6 +107,7 @@ def prune_to_folder(
     device: str = "cpu",
     dtype: torch.dtype | None = None,
     progress: bool = True,
+    latency: bool = True,
     say: Callable[[str], None] = lambda text: None,
 ) -> PruningPlan:
     """Plan, cut and save; `out` appears whole at the end, or not at all.
@@ -109,7 +116,8 @@ def prune_to_folder(
         source, method, prompts: what to prune, how, and what to calibrate on.
         out: free (see `check_free`); a pipeline's folder, a model's folder, or with `plan_only` a plan's.
         stock: write a stock configuration that loads where genprune is not installed; depth and uniform plans only.
-        device, dtype: to score on and to save in.
+        device, dtype: to score and time on, and to save in.
+        latency: also time the dense model and a cut copy in turns, where both fit in memory.
         say: told what is going on, one line a step.
 
     Raises:
@@ -122,6 +130,8 @@ def prune_to_folder(
     target = source.load(device, dtype)
     say(f"Planning: {method.name}, keep {method.keep:g} of {method.of}")
     plan = gp.make_plan(target, method, prompts=prompts, progress=progress)
+    if latency:
+        plan = _timed(denoiser(target), plan, say)
     if plan_only:
         with disk_errors(out):
             plan.save(out)
@@ -130,6 +140,26 @@ def prune_to_folder(
     with disk_errors(out), whole_folder(out) as stage:
         _write(gp.cut(target, plan), source, stage, stock)
     return plan
+
+
+def _timed(model: nn.Module, plan: PruningPlan, say: Callable[[str], None]) -> PruningPlan:
+    """The plan with latency of dense and pruned, or as it is, with the reason said."""
+    size = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+    if pruned_widths(model):
+        say("Latency is not measured: the model was cut before, and the dense one is not here")
+    elif (free := _free_bytes(next(model.parameters()).device)) < 2 * size:
+        say(f"Latency is not measured: {free / 1e9:.1f} GB are free, two models of {size / 1e9:.1f} GB do not fit")
+    else:
+        say("Timing dense and pruned in turns (--no-latency leaves it out)")
+        try:
+            return with_latency(model, plan, rounds=LATENCY_ROUNDS)
+        except RuntimeError as error:  # an operation that the device lacks in this precision, or out of memory
+            say(f"Latency is not measured: {str(error).strip().splitlines()[0]}")
+    return plan
+
+
+def _free_bytes(device: torch.device) -> int:
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
 
 
 def _write(target: Any, source: ModelSource, stage: Path, stock: bool) -> None:

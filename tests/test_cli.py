@@ -11,7 +11,10 @@ from diffusers import UNet2DConditionModel
 from typer.testing import CliRunner
 
 import genprune as gp
+from genprune import prune_run
 from genprune.cli import app
+from genprune.metrics.device import device_name
+from genprune.model_source import open_source
 
 UNET = {
     "sample_size": 8,
@@ -107,13 +110,42 @@ def test_prune_writes_a_model_that_loads_and_meets_the_budget(unet_folder, tmp_p
 
 
 def test_prune_is_repeatable_and_the_plan_alone_makes_the_same_cut(unet_folder, tmp_path):
-    arguments = ["prune", unet_folder, "--method", "random", "--keep", 0.8, "--seed", 3, "--out"]
+    arguments = ["prune", unet_folder, "--method", "random", "--keep", 0.8, "--seed", 3, "--no-latency", "--out"]
     told = json.loads(genprune(*arguments, tmp_path / "a", "--json")[0])
     again = json.loads(genprune(*arguments, tmp_path / "plan", "--plan-only", "--json")[0])
     assert told["widths"] == again["widths"] and told["figures"] == again["figures"]
     cut = gp.cut(gp.load_model(unet_folder), gp.PruningPlan.load(tmp_path / "plan"))
     loaded = gp.load_model(tmp_path / "a")
     assert all(torch.equal(value, loaded.state_dict()[name]) for name, value in cut.state_dict().items())
+
+
+def test_prune_records_and_prints_latency_on_the_named_device(unet_folder, tmp_path):
+    out = tmp_path / "small"
+    arguments = ["prune", unet_folder, "--method", "magnitude", "--keep", 0.8]
+    text, _ = genprune(*arguments, "--out", out)
+    plan = gp.PruningPlan.load(out)
+    assert plan.figures["latency_ms"] > 0 and plan.figures["dense_latency_ms"] > 0
+    assert f"on {plan.made_by['latency_device']}" in text and plan.made_by["latency_device"] == device_name("cpu")
+    assert "latency    not measured" in genprune(*arguments, "--no-latency", "--out", tmp_path / "untimed")[0]
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (("_free_bytes", lambda device: 10), "0.0 GB are free, two models of"),
+        (("with_latency", lambda *_, **__: (_ for _ in ()).throw(RuntimeError("no kernel"))), "no kernel"),
+        (("pruned_widths", lambda model: {"x": 1}), "was cut before"),
+    ],
+)
+def test_prune_goes_on_and_says_why_where_latency_cannot_be_measured(
+    unet_folder, tmp_path, monkeypatch, change, reason
+):
+    monkeypatch.setattr(prune_run, *change)
+    said = []
+    source, method = open_source(str(unet_folder)), gp.Magnitude(keep=0.8)
+    plan = prune_run.prune_to_folder(source, method, tmp_path / "out", progress=False, say=said.append)
+    assert any("Latency is not measured: " in line and reason in line for line in said), said
+    assert "latency_ms" not in plan.figures and (tmp_path / "out" / "config.json").is_file()
 
 
 def test_prune_takes_kinds(unet_folder, tmp_path):

@@ -22,6 +22,7 @@ def whole_file(path: str | os.PathLike) -> Iterator[Path]:
     os.close(handle)
     try:
         yield Path(temporary)
+        os.chmod(temporary, 0o644)  # a temporary file is its owner's alone
         os.replace(temporary, path)
     finally:
         Path(temporary).unlink(missing_ok=True)

@@ -58,3 +58,12 @@ def test_ctrl_c_between_the_renames_waits(tmp_path: Path, monkeypatch):
         (temporary / "file.txt").write_text("new")
     assert (path / "file.txt").read_text() == "new"
     assert [found.name for found in tmp_path.iterdir()] == ["x"]
+
+
+def test_others_may_read_what_was_written(tmp_path: Path):
+    with whole_file(tmp_path / "file") as temporary:
+        temporary.write_text("text")
+    with whole_folder(tmp_path / "folder"):
+        pass
+    assert (tmp_path / "file").stat().st_mode & 0o777 == 0o644
+    assert (tmp_path / "folder").stat().st_mode & 0o777 == 0o755

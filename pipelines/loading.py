@@ -106,9 +106,10 @@ def _slot(folder: Path) -> str:
 
 
 def _dtype_of(slot: str, kwargs: dict[str, Any]) -> torch.dtype | None:
-    """The denoiser's dtype; diffusers takes one dtype, or one for each component."""
+    """The denoiser's dtype; diffusers takes one dtype or one for each component, and float32 for what is none."""
     dtype = kwargs.get("dtype", kwargs.get("torch_dtype"))
-    return dtype.get(slot, dtype.get("default")) if isinstance(dtype, dict) else dtype
+    dtype = dtype.get(slot, dtype.get("default")) if isinstance(dtype, dict) else dtype
+    return dtype if isinstance(dtype, torch.dtype) else None
 
 
 def _variant_of(folder: Path, kwargs: dict[str, Any]) -> str | None:

@@ -77,6 +77,8 @@ def test_a_dtype_for_each_component_and_old_attention_names(tmp_path):
     pipe.save_pretrained(tmp_path / "base")
     found = gp.load_pipeline(tmp_path / "base", plan, torch_dtype={"unet": torch.float16, "default": torch.float32})
     assert (found.unet.dtype, found.vae.dtype) == (torch.float16, torch.float32)
+    found = gp.load_pipeline(tmp_path / "base", plan, torch_dtype="auto")  # float32, with diffusers' own warning
+    assert (found.unet.dtype, found.vae.dtype) == (torch.float32, torch.float32)
     # Checkpoints from before diffusers 0.12 name the projections of bare attentions differently.
     from safetensors.torch import load_file, save_file
 

@@ -50,7 +50,7 @@ def test_the_page_stands_alone_and_tells_the_figures(demo):
     page = (demo / "report.html").read_text()
     assert not re.search(r"""(src|href)=["'](?!data:)""", page), "the page needs another file"
     assert page.count("<figure>") == 4 * TINY.prompts
-    for words in ("It is not free", "blank canvas", "shuffled prompts", "70% of the arithmetic"):
+    for words in ("A grader network", "blank canvas", "shuffled prompts", "70% of the arithmetic"):
         assert words in page
 
 

@@ -18,7 +18,7 @@ from genprune.lora_names import LoraTensor, parsed, read_lora, renamed_for_diffu
 from genprune.plan import PruningPlan
 from genprune.replacements import ScatteredLinear, Tombstone
 from genprune.sites import effective_keep
-from genprune.widths import apply_widths_
+from genprune.widths import apply_widths_, skeleton
 
 
 @dataclass(frozen=True)
@@ -62,14 +62,14 @@ def adapt_lora(state_dict: Mapping[str, Tensor] | str | os.PathLike, plan: Any, 
         state_dict = read_lora(state_dict)
     plan, config = _plan_and_config(plan, base)
     family = family_named(plan.base.host)
-    skeleton = _meta(family, config)
-    if plan_base(skeleton) != plan.base:
+    dense = skeleton(family.build, config)
+    if plan_base(dense) != plan.base:
         raise PlanMismatch(
             f"the plan is for another configuration of {plan.base.host} ({plan.base.sites_sha256[:12]}, the base is "
-            f"{plan_base(skeleton).sites_sha256[:12]}). Pass the dense base that the plan was made for."
+            f"{plan_base(dense).sites_sha256[:12]}). Pass the dense base that the plan was made for."
         )
-    state_dict = renamed_for_diffusers(state_dict, plan.base.host, skeleton)
-    cut = _what_is_left(skeleton, plan.keep)
+    state_dict = renamed_for_diffusers(state_dict, plan.base.host, dense)
+    cut = _what_is_left(dense, plan.keep)
     adapted, belongs = {}, False
     for name, value in state_dict.items():
         entry = parsed(name)
@@ -112,24 +112,17 @@ def _plan_and_config(plan: Any, base: Any) -> tuple[PruningPlan, dict[str, Any]]
     return known, family_of(model).config(model)
 
 
-def _meta(family, config: dict[str, Any]) -> nn.Module:
-    from accelerate import init_empty_weights
-
-    with init_empty_weights():
-        return family.build(config)
-
-
 def _weights(model: nn.Module) -> dict[str, tuple[int, ...]]:
     found = {path: module._parameters.get("weight") for path, module in model.named_modules()}
     return {path: tuple(weight.shape) for path, weight in found.items() if weight is not None}
 
 
-def _what_is_left(skeleton: nn.Module, keep: Mapping[str, Tensor]) -> _Cut:
-    """Shapes before and after a cut; the skeleton is cut on the way."""
-    sites, dense = find_sites(skeleton), _weights(skeleton)
-    masks = layer_masks(skeleton, sites, effective_keep(sites, keep))
-    shrink_(skeleton, sites, keep)
-    after = _weights(skeleton)
+def _what_is_left(model: nn.Module, keep: Mapping[str, Tensor]) -> _Cut:
+    """Shapes before and after a cut of a skeleton, which is cut on the way."""
+    sites, dense = find_sites(model), _weights(model)
+    masks = layer_masks(model, sites, effective_keep(sites, keep))
+    shrink_(model, sites, keep)
+    after = _weights(model)
     return _Cut(dense, {path: after.get(path) for path in dense}, masks)
 
 
@@ -174,10 +167,10 @@ def check_fits(model: nn.Module, state_dict: Mapping[str, Tensor], prefix: str |
         PlanMismatch: a tensor has another size than its layer here, or its layer went; names `gp.adapt_lora`.
     """
     family = family_of(model)
-    skeleton = _meta(family, family.config(model))
-    dense = _weights(skeleton)
-    apply_widths_(skeleton, pruned_widths(model))
-    left = _weights(skeleton)
+    empty = skeleton(family.build, family.config(model))
+    dense = _weights(empty)
+    apply_widths_(empty, pruned_widths(model))
+    left = _weights(empty)
     for name, value in state_dict.items():
         if prefix is not None and not name.startswith(f"{prefix}."):
             continue

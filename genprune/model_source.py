@@ -12,7 +12,7 @@ from torch import nn
 
 from genprune.errors import GenpruneError, UnsupportedModel
 from genprune.families import supported
-from genprune.widths import PRUNING_KEY, apply_widths_, read_widths
+from genprune.widths import PRUNING_KEY, apply_widths_, read_widths, skeleton
 
 MINIATURE = "miniature"  # the embedded pipeline's name on the command line
 _INDEX, _CONFIG = "model_index.json", "config.json"
@@ -46,17 +46,14 @@ class ModelSource:
 
     def skeleton(self) -> nn.Module:
         """The model that would be pruned, on the meta device: shapes without weights."""
-        from accelerate import init_empty_weights
-
         from genprune.saving import model_class
 
-        with init_empty_weights():  # parameters alone on the meta device: a cut skeleton indexes real tensors
-            if self.kind != "timm":
-                return model_class(self.config, self.place).from_config(self.config)
-            model = _timm_model(self.place, self.config, pretrained=False)
-            if PRUNING_KEY in self.config:
-                apply_widths_(model, read_widths(self.config[PRUNING_KEY], self.place))
-            return model
+        if self.kind != "timm":
+            return skeleton(model_class(self.config, self.place).from_config, self.config)
+        model = skeleton(_timm_model, self.place, self.config, pretrained=False)
+        if PRUNING_KEY in self.config:
+            apply_widths_(model, read_widths(self.config[PRUNING_KEY], self.place))
+        return model
 
     def load(self, device: str = "cpu", dtype: torch.dtype | None = None) -> Any:
         """The whole pipeline, or the bare model, with its weights.

@@ -23,11 +23,11 @@ from diffusers import (
 from torch import nn
 
 from genprune import lora
-from genprune.cutting import applied_plan, pruned_widths
+from genprune.cutting import applied_plan
 from genprune.errors import PlanMismatch
 from genprune.gates import gated_sites
-from genprune.plan import PLAN_FILE, PruningPlan
-from genprune.widths import PRUNING_KEY, apply_widths_, check_same_widths, pruning_entry, read_widths
+from genprune.plan import PLAN_FILE
+from genprune.widths import PRUNING_KEY, apply_widths_, attach_saved_plan_, pruning_entry, read_widths
 
 
 class PrunedMixin:
@@ -65,9 +65,7 @@ class PrunedMixin:
                 "again with save_pretrained."
             )
         if (path := _plan_file(pretrained_model_name_or_path, kwargs)) is not None:
-            plan = PruningPlan.load(path)
-            check_same_widths(plan, pruned_widths(model), path)
-            model._genprune_plan = plan
+            attach_saved_plan_(model, model.config, path)
         return (model, info) if wants_info else model
 
     @functools.wraps(ModelMixin.save_pretrained)  # a pipeline reads the signature to choose its arguments

@@ -15,8 +15,8 @@ from genprune.errors import PlanMismatch, UnsupportedModel
 from genprune.families import family_of, host_name, supported
 from genprune.files import check_replaceable, whole_folder
 from genprune.gates import gated_sites
-from genprune.plan import PLAN_FILE, PruningPlan
-from genprune.widths import PRUNING_KEY, apply_widths_, check_same_widths, pruning_entry, read_widths
+from genprune.plan import PLAN_FILE
+from genprune.widths import PRUNING_KEY, apply_widths_, attach_saved_plan_, pruning_entry, read_widths, skeleton
 
 _CONFIG = "config.json"
 _ARGUMENTS = "genprune_model_args"  # what timm.create_model was given, in a timm model's config.json
@@ -175,20 +175,15 @@ def model_class(config: dict[str, Any], folder: str | os.PathLike) -> type:
 
 def _load_timm(folder: Path, config: dict[str, Any]) -> nn.Module:
     import timm
-    from accelerate import init_empty_weights
 
     widths = read_widths(config[PRUNING_KEY], str(folder)) if PRUNING_KEY in config else {}
-    with init_empty_weights():  # parameters on the meta device, buffers that no file holds on the CPU
-        model = timm.create_model(f"local-dir:{folder}", pretrained=False)
+    model = skeleton(timm.create_model, f"local-dir:{folder}", pretrained=False)
     # timm adds defaults to the arguments that it was given; plans are matched by the given ones.
     model._model_args = config.get(_ARGUMENTS, model._model_args)
     if widths:
         apply_widths_(model, widths)
     _load_strictly_(model, folder / "model.safetensors")
-    if (folder / PLAN_FILE).is_file():
-        plan = PruningPlan.load(folder / PLAN_FILE)
-        check_same_widths(plan, widths, folder / PLAN_FILE)
-        model._genprune_plan = plan
+    attach_saved_plan_(model, config, folder / PLAN_FILE)
     return model.eval()
 
 

@@ -12,14 +12,14 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from genprune.cutting import check_plan, cut, layer_masks, pruned_widths
+from genprune.cutting import check_plan, cut, layer_masks
 from genprune.errors import PlanMismatch
 from genprune.families import find_sites
 from genprune.plan import PLAN_FILE, PruningPlan
 from genprune.replacements import Tombstone
 from genprune.saving import model_class, read_config
 from genprune.sites import effective_keep
-from genprune.widths import check_same_widths
+from genprune.widths import attach_saved_plan_, skeleton
 
 _WEIGHTS = "diffusion_pytorch_model"  # diffusers' name for a model's checkpoint
 # A file is mapped anew after this many numbers: the pages that were read count as memory until it is unmapped.
@@ -47,11 +47,9 @@ def load_cut(
     """
     config = read_config(folder)
     cls = model_class(config, folder)
-    model = _skeleton(cls, config, dtype)
-    if (folder / PLAN_FILE).is_file():  # pruned before
-        before = PruningPlan.load(folder / PLAN_FILE)
-        check_same_widths(before, pruned_widths(model), folder / PLAN_FILE)
-        model._genprune_plan = before
+    with _default_dtype(dtype):
+        model = skeleton(cls.from_config, config)
+    attach_saved_plan_(model, config, folder / PLAN_FILE)
     sites = find_sites(model)
     check_plan(model, plan, sites)
     files = _tensor_files(folder, variant)
@@ -72,14 +70,6 @@ def _default_dtype(dtype: torch.dtype | None) -> Iterator[None]:
         yield
     finally:
         torch.set_default_dtype(before)
-
-
-def _skeleton(cls: type, config: dict, dtype: torch.dtype | None) -> nn.Module:
-    """The model with its parameters on the meta device, and the buffers that no file holds on the CPU."""
-    from accelerate import init_empty_weights
-
-    with _default_dtype(dtype), init_empty_weights():
-        return cls.from_config(config)
 
 
 def _tensor_files(folder: Path, variant: str | None) -> dict[str, Path]:

@@ -16,7 +16,7 @@ from genprune.files import check_replaceable, whole_folder
 from genprune.gates import gated_sites
 from genprune.saving import save_model
 from genprune.sites import effective_keep
-from genprune.widths import first_units
+from genprune.widths import first_units, skeleton
 
 
 def export_stock(target: Any, folder: str | os.PathLike) -> Path:
@@ -56,25 +56,18 @@ def export_stock(target: Any, folder: str | os.PathLike) -> Path:
 def stock_model(model: nn.Module) -> nn.Module:
     """The stock model that computes the same as a cut one, with the same weights (not copies)."""
     family = family_of(model)
-    dense = _skeleton(family, family.config(model))
+    dense = skeleton(family.build, family.config(model))
     sites = find_sites(dense)
     plan = applied_plan(model)
     keep = first_units(sites, pruned_widths(model)) if plan is None else plan.keep
     export = family.stock_config(dense, sites, keep)
     if export is None:
         raise UnsupportedModel(_not_stock(family, dense, sites, keep))
-    stock = _skeleton(family, export.config)
+    stock = skeleton(family.build, export.config)
     state = {export.renamed(name): value for name, value in model.state_dict().items()}
     state.pop(None, None)  # what went
     stock.load_state_dict(state, strict=True, assign=True)
     return stock.train(model.training)
-
-
-def _skeleton(family: Family, config: dict[str, Any]) -> nn.Module:
-    from accelerate import init_empty_weights
-
-    with init_empty_weights():
-        return family.build(config)
 
 
 def _not_stock(family: Family, dense: nn.Module, sites, keep) -> str:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from genprune.cutting import shrink_
+from genprune.cutting import pruned_widths, shrink_
 from genprune.errors import PlanMismatch, nearest
 from genprune.families import find_sites
 from genprune.plan import PruningPlan
@@ -80,6 +81,17 @@ def first_units(sites: Sites, widths: Mapping[str, int]) -> dict[str, Tensor]:
     return keep
 
 
+def skeleton(build: Callable[..., nn.Module], *args: Any, **kwargs: Any) -> nn.Module:
+    """What `build(...)` makes, with its parameters on the meta device and the buffers that no file holds on the CPU.
+
+    Masks, and the indices of a cut skeleton, stay real tensors.
+    """
+    from accelerate import init_empty_weights
+
+    with init_empty_weights():
+        return build(*args, **kwargs)
+
+
 def apply_widths_(model: nn.Module, widths: Mapping[str, int]) -> None:
     """Shrink a dense skeleton to these widths, in place, on any device (meta included).
 
@@ -89,6 +101,26 @@ def apply_widths_(model: nn.Module, widths: Mapping[str, int]) -> None:
     with torch.device("cpu"):  # masks hold values, also where the caller builds everything on the meta device
         shrink_(model, sites, first_units(sites, widths))
     model._genprune_widths = dict(widths)
+
+
+def attach_saved_plan_(model: nn.Module, config: Mapping[str, Any], path: Path) -> None:
+    """Give a loaded model the plan that lies beside its weights, where its configuration says that it was pruned.
+
+    A dense model that was saved over a pruned folder leaves the old plan file there: it says nothing about it.
+
+    Args:
+        model: loaded, or a skeleton with its widths.
+        config: what `config.json` holds.
+        path: of the plan; nothing happens where there is no such file.
+
+    Raises:
+        PlanMismatch: the plan and the configuration disagree.
+    """
+    if PRUNING_KEY not in config or not path.is_file():
+        return
+    plan = PruningPlan.load(path)
+    check_same_widths(plan, pruned_widths(model), path)
+    model._genprune_plan = plan
 
 
 def check_same_widths(plan: PruningPlan, widths: Mapping[str, int], path: str | os.PathLike) -> None:

@@ -12,6 +12,7 @@ from tiny_hosts import HOSTS
 
 import genprune as gp
 from genprune.cutting import applied_plan, plan_base
+from genprune.slice_loading import load_cut
 
 
 @pytest.mark.parametrize("name", HOSTS)
@@ -67,6 +68,23 @@ def test_a_loaded_timm_model_is_cut_further(tmp_path):
     later = plan_for(model, seed=4)
     same_state(gp.cut(loaded, later), gp.cut(model, later))
     assert applied_plan(loaded) == applied_plan(model)
+
+
+@pytest.mark.parametrize("name", ["sd", "vit"])
+def test_an_old_plan_beside_dense_weights_says_nothing(name, tmp_path):
+    gp.save_model(cut_model(name, depth=False), tmp_path)
+    model = dense(name)
+    if name == "vit":
+        timm.models.save_for_hf(model, str(tmp_path), safe_serialization=True)
+    else:
+        model.save_pretrained(tmp_path)
+    assert (tmp_path / "genprune_plan.safetensors").is_file()  # the hosts replace their own files only
+    loaded = gp.load_model(tmp_path)
+    same_state(loaded, model)
+    assert applied_plan(loaded) is None
+    if name == "sd":
+        plan = plan_for(model)
+        same_state(load_cut(tmp_path, plan), gp.cut(model, plan))
 
 
 # ---- refusals ----------------------------------------------------------------------------------------------------

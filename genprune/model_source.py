@@ -46,10 +46,12 @@ class ModelSource:
 
     def skeleton(self) -> nn.Module:
         """The model that would be pruned, on the meta device: shapes without weights."""
-        from genprune.saving import model_class
+        from genprune.saving import damage_named, model_class
 
         if self.kind != "timm":
-            return skeleton(model_class(self.config, self.place).from_config, self.config)
+            cls = model_class(self.config, self.place)
+            with damage_named(self.place, cls.__name__):
+                return skeleton(cls.from_config, self.config)
         model = skeleton(_timm_model, self.place, self.config, pretrained=False)
         if PRUNING_KEY in self.config:
             apply_widths_(model, read_widths(self.config[PRUNING_KEY], self.place))

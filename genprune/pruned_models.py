@@ -25,8 +25,8 @@ from torch import nn
 from genprune import lora
 from genprune.cutting import applied_plan
 from genprune.errors import PlanMismatch
-from genprune.gates import gated_sites
 from genprune.plan import PLAN_FILE
+from genprune.saving import check_ungated
 from genprune.widths import PRUNING_KEY, apply_widths_, attach_saved_plan_, pruning_entry, read_widths
 
 
@@ -75,11 +75,7 @@ class PrunedMixin:
         Raises:
             PlanMismatch: gates are attached: the file would hold the uncut weights without a trace of the gates.
         """
-        if gated := gated_sites(self):
-            raise PlanMismatch(
-                f"gates are attached to {len(gated)} sites ('{gated[0]}', ...); a saved folder would hold the uncut "
-                "weights without them. Call handle.remove() and gp.cut(model, plan) first, then save."
-            )
+        check_ungated(self)
         if wrapped := [path for path, module in self.named_modules() if hasattr(module, "base_layer")]:
             raise PlanMismatch(
                 f"an adapter is on {len(wrapped)} layers ('{wrapped[0]}', ...); a saved folder would have other names "

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ import torch
 from torch import nn
 
 from genprune.cutting import applied_plan, pruned_widths
-from genprune.errors import PlanMismatch, UnsupportedModel
+from genprune.errors import GenpruneError, PlanMismatch, UnsupportedModel
 from genprune.families import family_of, host_name, supported
 from genprune.files import check_replaceable, whole_folder
 from genprune.gates import gated_sites
@@ -56,6 +58,15 @@ def adopt_(model: nn.Module) -> None:
     model.register_to_config(**{PRUNING_KEY: pruning_entry(widths)})
 
 
+def check_ungated(model: nn.Module) -> None:
+    """Refuse to write a model while gates are attached: no file would hold a trace of them. Raises `PlanMismatch`."""
+    if gated := gated_sites(model):
+        raise PlanMismatch(
+            f"gates are attached to {len(gated)} sites ('{gated[0]}', ...); a saved folder would hold the uncut "
+            "weights without them. Call handle.remove() and gp.cut(model, plan) first, then save."
+        )
+
+
 # ---- bare models of either host, by folder --------------------------------------------------------------------------
 
 
@@ -72,15 +83,12 @@ def save_model(model: nn.Module, folder: str | os.PathLike) -> Path:
         The folder's path.
 
     Raises:
-        UnsupportedModel: no family knows the model, or timm cannot build it again from a file.
+        UnsupportedModel: no family knows the model, or timm cannot build it again from a file, because its modules
+            were changed after it was built.
         PlanMismatch: gates are attached, or `folder` is a file or holds something else than a saved model.
     """
     family, folder = family_of(model), Path(folder)
-    if gated := gated_sites(model):
-        raise PlanMismatch(
-            f"gates are attached to {len(gated)} sites ('{gated[0]}', ...); a saved folder would hold the uncut "
-            "weights without them. Call handle.remove() and gp.cut(model, plan) first, then save."
-        )
+    check_ungated(model)
     check_replaceable(folder, _CONFIG)
     with whole_folder(folder) as temporary:
         if family.library == "diffusers":
@@ -106,8 +114,24 @@ def _save_timm(model: nn.Module, folder: Path) -> None:
         timm.models.save_for_hf(model, str(folder), model_config=entries, safe_serialization=True)
     except ValueError as error:
         raise UnsupportedModel(f"timm cannot describe this {type(model).__name__} in a file: {error}") from error
+    _check_described(model, folder)
     if (plan := applied_plan(model)) is not None:
         plan.save(folder / PLAN_FILE)
+
+
+def _check_described(model: nn.Module, folder: Path) -> None:
+    """Refuse a timm model that `load_model` could not build again from the configuration just written for it."""
+    found = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    described = _timm_skeleton(folder, read_config(folder)).state_dict()
+    described = {name: tuple(value.shape) for name, value in described.items()}
+    for name in [*found, *described]:
+        if found.get(name) != described.get(name):
+            raise UnsupportedModel(
+                f"'{name}' has shape {found.get(name, 'none')} in this {type(model).__name__}, and "
+                f"{described.get(name, 'none')} by the arguments that it was built with; expected the same. Its "
+                "modules were changed afterwards (as prune_intermediate_layers does): build it with timm.create_model "
+                "and arguments that say so (such as depth=), load the weights into that, and save it."
+            )
 
 
 def load_model(
@@ -129,7 +153,37 @@ def load_model(
     if "architecture" in config:
         return _load_timm(folder, config).to(device=device, dtype=dtype or torch.float32)
     cls = model_class(config, folder)
-    return cls.from_pretrained(folder, torch_dtype=dtype or torch.float32).to(device)
+    with damage_named(folder, cls.__name__):
+        model, info = cls.from_pretrained(
+            folder, torch_dtype=dtype or torch.float32, use_safetensors=True, output_loading_info=True
+        )
+    if missing := info["missing_keys"]:  # a stock class fills them with random numbers, and warns
+        raise PlanMismatch(
+            f"'{folder}' lacks {len(missing)} tensors of its {cls.__name__} ('{sorted(missing)[0]}', ...); expected "
+            "all of them. The folder is half-written or mixed from two models: save the model again."
+        )
+    return model.to(device)
+
+
+# What diffusers raises on files that are not what they should be.
+_DAMAGE = (OSError, ValueError, RuntimeError, TypeError, LookupError, AttributeError)
+
+
+@contextmanager
+def damage_named(folder: str | os.PathLike, name: str) -> Iterator[None]:
+    """Whatever the host stumbles over in a saved folder becomes a `PlanMismatch`."""
+    try:
+        yield
+    except GenpruneError:
+        raise
+    except _DAMAGE as error:
+        # diffusers goes on to recommend `ignore_mismatched_sizes`, which fills the model with uninitialised memory.
+        reason = str(error).split(" If you want to instead", 1)[0].strip().rstrip(".")
+        raise PlanMismatch(
+            f"'{folder}' does not load as a {name} ({type(error).__name__}: {reason}); expected a whole config.json "
+            "and the safetensors weights that it describes. The folder is half-written, edited or mixed from two "
+            "models: save the model again, or fetch it anew."
+        ) from None
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -158,22 +212,40 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def model_class(config: dict[str, Any], folder: str | os.PathLike) -> type:
-    """The diffusers class, or genprune's Pruned class, that a model's `config.json` names."""
+    """The diffusers class, or genprune's Pruned class, that a model's `config.json` names.
+
+    Raises:
+        PlanMismatch: the name does not fit the rest of the file.
+        UnsupportedModel: it names no model of diffusers and none of genprune.
+    """
     import diffusers
 
-    from genprune import pruned_models
+    from genprune.pruned_models import PRUNED
 
-    name = config["_class_name"]
-    library = pruned_models if name.startswith("Pruned") else diffusers
-    if not isinstance(cls := getattr(library, name, None), type):
+    name = config.get("_class_name")
+    if not isinstance(name, str):
+        raise PlanMismatch(
+            f"the `_class_name` in the config of '{folder}' is {name!r}; expected the name of a class. "
+            "Save the model again, or restore the file."
+        )
+    ours = {cls.__name__: cls for cls in PRUNED.values()}
+    cls = ours.get(name) or getattr(diffusers, name, None)
+    if not (isinstance(cls, type) and issubclass(cls, diffusers.ModelMixin)):
         raise UnsupportedModel(
-            f"'{folder}' holds a {name}, which is not in {library.__name__.split('.')[0]}; supported: "
+            f"'{folder}' holds a {name!r}, which is a model neither of diffusers nor of genprune; genprune prunes "
             f"{', '.join(supported())}. Upgrade the library, or pass another model."
+        )
+    if PRUNING_KEY in config and name not in ours:
+        raise PlanMismatch(
+            f"the config of '{folder}' has a '{PRUNING_KEY}' entry, but its `_class_name` is {name}; expected "
+            f"{f'Pruned{name}' if f'Pruned{name}' in ours else 'a Pruned class'}. Save the model again, or restore "
+            "the file."
         )
     return cls
 
 
-def _load_timm(folder: Path, config: dict[str, Any]) -> nn.Module:
+def _timm_skeleton(folder: Path, config: dict[str, Any]) -> nn.Module:
+    """The model that a folder's configuration describes, without its weights."""
     import timm
 
     widths = read_widths(config[PRUNING_KEY], str(folder)) if PRUNING_KEY in config else {}
@@ -182,6 +254,11 @@ def _load_timm(folder: Path, config: dict[str, Any]) -> nn.Module:
     model._model_args = config.get(_ARGUMENTS, model._model_args)
     if widths:
         apply_widths_(model, widths)
+    return model
+
+
+def _load_timm(folder: Path, config: dict[str, Any]) -> nn.Module:
+    model = _timm_skeleton(folder, config)
     _load_strictly_(model, folder / "model.safetensors")
     attach_saved_plan_(model, config, folder / PLAN_FILE)
     return model.eval()

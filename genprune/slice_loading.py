@@ -17,7 +17,7 @@ from genprune.errors import PlanMismatch
 from genprune.families import find_sites
 from genprune.plan import PLAN_FILE, PruningPlan
 from genprune.replacements import Tombstone
-from genprune.saving import model_class, read_config
+from genprune.saving import damage_named, model_class, read_config
 from genprune.sites import effective_keep
 from genprune.widths import attach_saved_plan_, skeleton
 
@@ -47,7 +47,7 @@ def load_cut(
     """
     config = read_config(folder)
     cls = model_class(config, folder)
-    with _default_dtype(dtype):
+    with _default_dtype(dtype), damage_named(folder, cls.__name__):
         model = skeleton(cls.from_config, config)
     attach_saved_plan_(model, config, folder / PLAN_FILE)
     sites = find_sites(model)

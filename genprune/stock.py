@@ -10,11 +10,10 @@ from typing import Any
 from torch import nn
 
 from genprune.cutting import applied_plan, pruned_widths
-from genprune.errors import PlanMismatch, UnsupportedModel
+from genprune.errors import UnsupportedModel
 from genprune.families import Family, denoiser, denoiser_slot, family_of, find_sites, host_name
 from genprune.files import check_replaceable, whole_folder
-from genprune.gates import gated_sites
-from genprune.saving import save_model
+from genprune.saving import check_ungated, save_model
 from genprune.sites import effective_keep
 from genprune.widths import first_units, skeleton
 
@@ -37,11 +36,7 @@ def export_stock(target: Any, folder: str | os.PathLike) -> Path:
         PlanMismatch: gates are attached, or `folder` holds something else.
     """
     model, folder = denoiser(target), Path(folder)
-    if gated := gated_sites(model):
-        raise PlanMismatch(
-            f"gates are attached to {len(gated)} sites ('{gated[0]}', ...); an export would not hold them. Call "
-            "handle.remove() and gp.cut(model, plan) first."
-        )
+    check_ungated(model)
     stock = stock_model(model)
     if (slot := denoiser_slot(target)) is None:
         return save_model(stock, folder)

@@ -8,6 +8,7 @@ import pytest
 import timm
 import torch
 from cut_models import cut_model, dense, difference, no_pickle_in, plan_for, run, same_state, without_block
+from safetensors.torch import load_file, save_file
 from tiny_hosts import HOSTS
 
 import genprune as gp
@@ -109,6 +110,18 @@ def test_what_is_not_saved(tmp_path):
     assert (tmp_path / "thesis" / "chapter.txt").read_text() == "mine"
 
 
+def test_a_vit_that_its_configuration_no_longer_describes_is_not_saved(tmp_path):
+    model = dense("vit")
+    model.prune_intermediate_layers([0])
+    with pytest.raises(gp.UnsupportedModel, match=r"'blocks\.1.*has shape none.*depth="):
+        gp.save_model(model, tmp_path / "m")
+    assert list(tmp_path.iterdir()) == []
+    model = cut_model("vit", depth=False)
+    model.reset_classifier(7)  # which timm's configuration does say
+    gp.save_model(model, tmp_path / "m")
+    same_state(gp.load_model(tmp_path / "m"), model)
+
+
 def test_damaged_timm_folders(tmp_path):
     folder = tmp_path / "m"
     gp.save_model(cut_model("vit"), folder)
@@ -143,3 +156,51 @@ def test_damaged_timm_folders(tmp_path):
     folder.mkdir()
     (folder / "model_index.json").write_text("{}")
     fails("whole pipeline.*load_pipeline")
+
+
+def _damaged(folder, change):
+    config, weights = folder / "config.json", folder / "diffusion_pytorch_model.safetensors"
+    match change:
+        case "truncated":
+            weights.write_bytes(weights.read_bytes()[:-100])
+        case "missing":
+            weights.unlink()
+        case "tensor":
+            tensors = load_file(weights)
+            tensors.pop("conv_out.bias")
+            save_file(tensors, weights, metadata={"format": "pt"})
+        case dict():
+            config.write_text(json.dumps(json.loads(config.read_text()) | change))
+        case tuple():
+            config.write_text(json.dumps({k: v for k, v in json.loads(config.read_text()).items() if k not in change}))
+
+
+@pytest.mark.parametrize(
+    ("make", "change", "error", "message"),
+    [
+        (cut_model, "truncated", gp.PlanMismatch, "does not load as a PrunedUNet2DConditionModel.*half-written"),
+        (dense, "truncated", gp.PlanMismatch, "does not load as a UNet2DConditionModel.*half-written"),
+        (dense, "missing", gp.PlanMismatch, r"no file named diffusion_pytorch_model\.safetensors"),
+        (dense, "tensor", gp.PlanMismatch, "lacks 1 tensors.*'conv_out.bias'"),
+        (cut_model, {"pruning": {"format_version": 1, "widths": {}}}, gp.PlanMismatch, "expected shape"),
+        (cut_model, {"_class_name": "UNet2DConditionModel"}, gp.PlanMismatch, "expected PrunedUNet2DConditionModel"),
+        (cut_model, {"_class_name": "PrunedMixin"}, gp.UnsupportedModel, "'PrunedMixin', which is a model neither"),
+        (dense, {"_class_name": 5}, gp.PlanMismatch, "`_class_name`.* is 5"),
+        (dense, {"_class_name": "DDIMScheduler"}, gp.UnsupportedModel, "'DDIMScheduler', which is a model neither"),
+        (dense, {"block_out_channels": None}, gp.PlanMismatch, "TypeError.*whole config.json"),
+        (dense, ("block_out_channels", "down_block_types"), gp.PlanMismatch, "ValueError.*whole config.json"),
+    ],
+)
+def test_damaged_diffusers_folders(make, change, error, message, tmp_path):
+    make("sd").save_pretrained(tmp_path)
+    _damaged(tmp_path, change)
+    with pytest.raises(error, match=message) as caught:
+        gp.load_model(tmp_path)
+    assert "ignore_mismatched_sizes" not in str(caught.value)
+
+
+def test_a_diffusers_folder_without_one_shard(tmp_path):
+    dense("sd").save_pretrained(tmp_path, max_shard_size="20KB")
+    next(tmp_path.glob("*-00002-of-*.safetensors")).unlink()
+    with pytest.raises(gp.PlanMismatch, match="00002-of"):
+        gp.load_model(tmp_path)

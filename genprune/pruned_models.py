@@ -22,7 +22,7 @@ from diffusers import (
 )
 from torch import nn
 
-from genprune import lora
+from genprune import ip_adapters, lora
 from genprune.cutting import applied_plan
 from genprune.errors import PlanMismatch
 from genprune.plan import PLAN_FILE
@@ -111,6 +111,15 @@ class PrunedAdapterMixin(PrunedMixin):
         lora.check_fits(self, state_dict, prefix)
         super().load_lora_adapter(state_dict, prefix=prefix, hotswap=hotswap, **kwargs)
         lora.scatter_adapters_(self)
+
+    def _load_ip_adapter_weights(self, state_dicts, *args, **kwargs):
+        """The host's, which `pipe.load_ip_adapter` calls.
+
+        Raises:
+            PlanMismatch: an attention that the adapter hooks into was cut.
+        """
+        ip_adapters.check_attention_whole(self, state_dicts)
+        super()._load_ip_adapter_weights(state_dicts, *args, **kwargs)
 
     def add_adapter(self, adapter_config, adapter_name: str = "default") -> None:
         """The host's `add_adapter`, on the layers that are left."""

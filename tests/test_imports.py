@@ -29,6 +29,7 @@ FLOORS = (
         "slice_loading",
         "lora",
         "lora_names",
+        "ip_adapters",
     ),
     ("denoising", "metrics"),
     ("criteria", "masks", "allocation", "schedules", "recovery", "tokens", "scores"),

@@ -27,6 +27,8 @@ __version__ = "0.1.0"
 # pipeline whose model_index.json says ["genprune", "Pruned..."].
 _LAZY = {
     "cut": "genprune.cutting",
+    "applied_plan": "genprune.cutting",
+    "plan_base": "genprune.cutting",
     "ModelMixin": "genprune.pruned_models",
     "PrunedUNet2DConditionModel": "genprune.pruned_models",
     "PrunedUNet2DModel": "genprune.pruned_models",

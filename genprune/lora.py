@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from genprune.cutting import applied_plan, layer_masks, plan_base, pruned_widths, shrink_
 from genprune.errors import NoMatchingSites, PlanMismatch, nearest
 from genprune.families import denoiser, family_named, family_of, find_sites
-from genprune.lora_names import LoraTensor, parsed, read_lora, renamed_for_diffusers
+from genprune.lora_names import LoraTensor, parsed, read_lora, renamed_by, renamed_for_diffusers
 from genprune.plan import PruningPlan
 from genprune.replacements import ScatteredLinear, Tombstone
 from genprune.sites import effective_keep
+from genprune.stock import stock_export_of
 from genprune.widths import apply_widths_, skeleton
 
 
@@ -36,7 +37,9 @@ class _Cut:
     masks: Mapping[tuple[str, str], Tensor]
 
 
-def adapt_lora(state_dict: Mapping[str, Tensor] | str | os.PathLike, plan: Any, base: Any = None) -> dict[str, Tensor]:
+def adapt_lora(
+    state_dict: Mapping[str, Tensor] | str | os.PathLike, plan: Any, base: Any = None, *, for_stock: bool = False
+) -> dict[str, Tensor]:
     """A LoRA of the dense base as it must be for the cut model: equal to adding the LoRA first and cutting then.
 
     Columns of `lora_A` and rows of `lora_B` go with the units that went, and layers that went lose their LoRA; ranks
@@ -49,6 +52,7 @@ def adapt_lora(state_dict: Mapping[str, Tensor] | str | os.PathLike, plan: Any, 
         plan: the plan for the dense base, or the path of one; or the cut model, or its pipeline, which knows its plan.
         base: with a plan: the dense model (on any device, meta included), its pipeline, or its configuration as a
             dictionary. Left out where `plan` is the cut model. No weights are read.
+        for_stock: for what `gp.export_stock` wrote of the cut model: layers under the names that they have there.
 
     Returns:
         A new dictionary for `pipe.load_lora_weights` or `model.load_lora_adapter`.
@@ -57,6 +61,7 @@ def adapt_lora(state_dict: Mapping[str, Tensor] | str | os.PathLike, plan: Any, 
         NoMatchingSites: nothing in it belongs to the model.
         PlanMismatch: a layer is unknown or has another size than in the base, the plan is for another model, or the
             LoRA is of a kind that cannot be sliced exactly (DoRA, LoKr, LoHa).
+        UnsupportedModel: `for_stock`, and no stock configuration says what the plan leaves.
     """
     if isinstance(state_dict, (str, os.PathLike)):
         state_dict = read_lora(state_dict)
@@ -69,6 +74,7 @@ def adapt_lora(state_dict: Mapping[str, Tensor] | str | os.PathLike, plan: Any, 
             f"{plan_base(dense).sites_sha256[:12]}). Pass the dense base that the plan was made for."
         )
     state_dict = renamed_for_diffusers(state_dict, plan.base.host, dense)
+    export = stock_export_of(dense, plan.keep) if for_stock else None
     cut = _what_is_left(dense, plan.keep)
     adapted, belongs = {}, False
     for name, value in state_dict.items():
@@ -80,7 +86,8 @@ def adapt_lora(state_dict: Mapping[str, Tensor] | str | os.PathLike, plan: Any, 
         belongs = True
         shape = cut.left[entry.path]
         if shape is not None and 0 not in shape:
-            adapted[name] = _sliced(entry, value, cut.masks)
+            new = name if export is None else renamed_by(name, entry.path, export.renamed)
+            adapted[new] = _sliced(entry, value, cut.masks)
     if not belongs:
         raise NoMatchingSites(
             f"none of the {len(state_dict)} entries belongs to {plan.base.host}; expected names such as "

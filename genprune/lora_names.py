@@ -6,7 +6,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,6 +41,17 @@ class LoraTensor:
     name: str
     path: str
     part: str
+
+
+def renamed_by(name: str, path: str, renamed: Callable[[str], str | None]) -> str:
+    """A LoRA tensor's name with the layer's path renamed, whatever stands before the path and after the layer.
+
+    Args:
+        path: what `parsed(name)` gave.
+        renamed: new name of a name that begins with a layer's path; must not drop it.
+    """
+    start = next(at for at in range(len(name)) if name.startswith(path.split(".", 1)[0] + ".", at))
+    return name[:start] + renamed(name[start:])
 
 
 def parsed(name: str) -> LoraTensor | None:

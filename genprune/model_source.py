@@ -63,6 +63,9 @@ class ModelSource:
         Args:
             device: where it is put.
             dtype: of the floating-point weights; default float32.
+
+        Raises:
+            ModelNotFound: timm has no weights of that name, or they cannot be fetched.
         """
         import genprune as gp
 
@@ -70,7 +73,7 @@ class ModelSource:
             loaded = gp.load_pipeline(self.place, torch_dtype=dtype or torch.float32)
             loaded.set_progress_bar_config(disable=True)
         elif self.kind == "timm" and not Path(self.place).is_dir():
-            loaded = _timm_model(self.place, self.config, pretrained=True).to(dtype=dtype)
+            loaded = _pretrained_timm(self.place, self.config).to(dtype=dtype)
         else:
             loaded = gp.load_model(self.place, dtype=dtype)
         return loaded.to(device)
@@ -199,3 +202,14 @@ def _timm_model(place: str, config: dict[str, Any], pretrained: bool) -> nn.Modu
     if config and "num_classes" in config:
         extra = {"num_classes": config["num_classes"], **extra}
     return timm.create_model(name, pretrained=pretrained, **extra)
+
+
+def _pretrained_timm(place: str, config: dict[str, Any]) -> nn.Module:
+    try:
+        return _timm_model(place, config, pretrained=True)
+    except (OSError, RuntimeError) as error:  # no network and nothing cached; an architecture without weights
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelNotFound(
+            f"the weights of timm's '{place}' are not in the local cache and cannot be fetched ({reason}); expected "
+            "them from the hub. Check the network, or pass a folder that gp.save_model wrote."
+        ) from None

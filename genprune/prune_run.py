@@ -70,8 +70,15 @@ def read_prompts(file: Path | None, source: ModelSource, method: Method) -> list
     """Calibration prompts: from a file, one a line; for the miniature its own where no file is given.
 
     Raises:
-        BadCalibrationData: the method needs prompts and there are none.
+        BadCalibrationData: the method needs prompts and there are none, or no pipeline to use them.
     """
+    scores_on_data = "gradients" in method.criterion().needs
+    if scores_on_data and source.kind != "pipeline":
+        raise BadCalibrationData(
+            f"--method {method.name} scores on data, and '{source.name}' is a model without a pipeline that turns "
+            "prompts into them; expected a whole pipeline, or a method that needs no data. Pass --method magnitude, "
+            "or call gp.make_plan(model, method, data=...) in Python."
+        )
     if file is not None:
         try:
             lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
@@ -83,7 +90,7 @@ def read_prompts(file: Path | None, source: ModelSource, method: Method) -> list
         if not any(lines):
             raise BadCalibrationData(f"the prompts file '{file}' is empty; expected one prompt a line. Fill it.")
         return [line for line in lines if line]
-    if "gradients" not in method.criterion().needs:
+    if not scores_on_data:
         return None
     if source.is_miniature:
         import genprune as gp

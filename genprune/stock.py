@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import copy
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from genprune.cutting import applied_plan, pruned_widths
 from genprune.errors import UnsupportedModel
-from genprune.families import Family, denoiser, denoiser_slot, family_of, find_sites, host_name
+from genprune.families import Family, StockExport, denoiser, denoiser_slot, family_of, find_sites, host_name
 from genprune.files import check_replaceable, whole_folder
 from genprune.saving import check_ungated, save_model
 from genprune.sites import effective_keep
@@ -52,17 +53,31 @@ def stock_model(model: nn.Module) -> nn.Module:
     """The stock model that computes the same as a cut one, with the same weights (not copies)."""
     family = family_of(model)
     dense = skeleton(family.build, family.config(model))
-    sites = find_sites(dense)
     plan = applied_plan(model)
-    keep = first_units(sites, pruned_widths(model)) if plan is None else plan.keep
-    export = family.stock_config(dense, sites, keep)
-    if export is None:
-        raise UnsupportedModel(_not_stock(family, dense, sites, keep))
+    keep = first_units(find_sites(dense), pruned_widths(model)) if plan is None else plan.keep
+    export = stock_export_of(dense, keep)
     stock = skeleton(family.build, export.config)
     state = {export.renamed(name): value for name, value in model.state_dict().items()}
     state.pop(None, None)  # what went
     stock.load_state_dict(state, strict=True, assign=True)
     return stock.train(model.training)
+
+
+def stock_export_of(dense: nn.Module, keep: Mapping[str, Tensor]) -> StockExport:
+    """The stock configuration that says the same as a plan's masks, and the names that it gives to what is left.
+
+    Args:
+        dense: the dense model, or its skeleton.
+        keep: as in `PruningPlan.keep`.
+
+    Raises:
+        UnsupportedModel: there is none; the message names the first sites that are in the way.
+    """
+    family, sites = family_of(dense), find_sites(dense)
+    export = family.stock_config(dense, sites, keep)
+    if export is None:
+        raise UnsupportedModel(_not_stock(family, dense, sites, keep))
+    return export
 
 
 def _not_stock(family: Family, dense: nn.Module, sites, keep) -> str:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from huggingface_hub.errors import LocalEntryNotFoundError
 from typer.testing import CliRunner
 
 import genprune as gp
@@ -35,6 +37,20 @@ def unet_folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("model") / "unet"
     UNet2DConditionModel(**UNET).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def pipeline_folder(unet_folder, tmp_path_factory) -> Path:
+    """A pipeline's folder as far as the command line reads it before any weight: its index and its U-Net."""
+    folder = tmp_path_factory.mktemp("pipeline")
+    shutil.copytree(unet_folder, folder / "unet")
+    index = {"_class_name": "StableDiffusionPipeline", "unet": ["diffusers", "UNet2DConditionModel"]}
+    (folder / "model_index.json").write_text(json.dumps(index))
+    return folder
+
+
+def _no_network(*arguments, **options):
+    raise LocalEntryNotFoundError("the connection is off, and nothing is in the cache")
 
 
 @pytest.fixture(autouse=True)
@@ -186,14 +202,21 @@ def test_prune_refuses_a_folder_in_the_way_and_force_replaces_only_results(unet_
         (["prune", "MODEL", "--keep", "2", "--method", "random", "--out", "OUT"], r"expected a number in (0, 1]"),
         (["prune", "MODEL", "--keep", "0.01", "--method", "random", "--out", "OUT"], "BudgetUnreachable"),
         (["prune", "MODEL", "--kinds", "noses", "--method", "random", "--out", "OUT"], "noses"),
-        (["prune", "MODEL", "--method", "taylor", "--out", "OUT"], "--prompts FILE"),
-        (["prune", "MODEL", "--method", "taylor", "--prompts", "no-file.txt", "--out", "OUT"], "cannot be read"),
+        (["prune", "MODEL", "--out", "OUT"], "Pass --method magnitude, or call gp.make_plan(model, method, data=...)"),
+        (["prune", "MODEL", "--prompts", "no-file.txt", "--out", "OUT"], "is a model without a pipeline"),
+        (["prune", "PIPELINE", "--method", "taylor", "--out", "OUT"], "--prompts FILE"),
+        (["prune", "PIPELINE", "--method", "taylor", "--prompts", "no-file.txt", "--out", "OUT"], "cannot be read"),
+        (["prune", "vit_tiny_patch16_224", "--out", "OUT"], "--method magnitude"),
+        (["prune", "vit_tiny_patch16_224", "--method", "magnitude", "--out", "OUT"], "ModelNotFound"),
     ],
 )
-def test_bad_input_is_one_message_and_nothing_is_written(arguments, words, unet_folder, tmp_path):
-    places = {"MODEL": unet_folder, "OUT": tmp_path / "out"}
+def test_bad_input_is_one_message_and_nothing_is_written(
+    arguments, words, unet_folder, pipeline_folder, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("timm.models._builder.load_state_dict_from_hf", _no_network)
+    places = {"MODEL": unet_folder, "PIPELINE": pipeline_folder, "OUT": tmp_path / "out"}
     text, error = genprune(*(places.get(argument, argument) for argument in arguments), code=2)
-    assert words in error and "Traceback" not in error
+    assert words in " ".join(error.split()) and "Traceback" not in error
     assert text == ""
     assert list(tmp_path.iterdir()) == []
 

@@ -170,6 +170,52 @@ def test_pipelines_refuse_a_base_lora_and_take_an_adapted_one(tmp_path):
         same_state(model, before)
 
 
+def three_blocks():
+    """A tiny Flux of three double blocks, every weight random."""
+    model = HOSTS["flux"]()
+    model = type(model).from_config(dict(model.config) | {"num_layers": 3}).eval()
+    torch.manual_seed(1)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.15)
+    return model
+
+
+def test_for_a_stock_export_the_layers_are_renumbered(tmp_path):
+    config = LoraConfig(r=3, lora_alpha=3, target_modules=TARGETS["flux"])
+    fused, model = three_blocks(), three_blocks()
+    fused.add_adapter(config)
+    torch.manual_seed(4)
+    for key, parameter in fused.named_parameters():
+        if "lora_" in key:
+            torch.nn.init.normal_(parameter, std=0.2)
+    lora = get_peft_model_state_dict(fused, adapter_name="default")
+    lora = {f"transformer.{key}": value.detach().clone() for key, value in lora.items()}
+    fused.fuse_lora()
+    fused.unload_lora()
+    site = "transformer_blocks.1:block"
+    plan = gp.PruningPlan(gp.plan_base(model), {site: torch.zeros(1, dtype=torch.bool)})
+    gp.cut(fused, plan)
+    gp.export_stock(gp.cut(model, plan), tmp_path / "stock")
+    stock = gp.load_model(tmp_path / "stock")
+    given = inputs(fused)
+    expected = run(fused, given)
+    assert difference(run(stock, given), expected) > 1e-2  # the LoRA is seen
+    adapted = gp.adapt_lora(lora, model, for_stock=True)
+    assert not any("transformer.transformer_blocks.2." in key for key in adapted)
+    legacy = {k.replace("lora_A", "lora.down").replace("lora_B", "lora.up"): v for k, v in lora.items()}
+    assert list(gp.adapt_lora(legacy, model, for_stock=True)) == [
+        key.replace("lora_A", "lora.down").replace("lora_B", "lora.up") for key in adapted
+    ]
+    stock.load_lora_adapter(adapted, prefix="transformer")
+    assert difference(run(stock, given), expected) < 1e-5
+
+
+def test_for_stock_needs_a_plan_that_a_stock_configuration_says():
+    lora, _ = lora_and_fused("flux")
+    with pytest.raises(gp.UnsupportedModel, match="sites are in the way"):
+        gp.adapt_lora(lora, cut_model("flux"), for_stock=True)
+
+
 def test_nested_scales_on_the_cut_unet_equal_the_stock_ones(tmp_path):
     """With a plan that touches no attention the LoRA is the same, and so are the expanded scales."""
     plan = plan_for(dense("sd"), depth=False)

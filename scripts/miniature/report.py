@@ -59,14 +59,16 @@ def scores(result: dict) -> str:
 
 def ladder(result: dict) -> str:
     lines = [
-        "**The ladder of the training itself** (averaged weights; every metric has to put it in order):",
+        "**The ladder of the training itself** (averaged weights; every metric has to put it in order; test loss = "
+        "squared v-prediction error on real test scenes):",
         "",
-        "| step | pictures seen | object | all | KID | FD |",
-        "|---:|---:|---:|---:|---:|---:|",
+        "| step | pictures seen | object | all | KID | FD | test loss |",
+        "|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for rung in result["ladder"]:
         right = [f"{100 * rung['grader'][name]:.1f}" for name in ("object", "all")]
         distances = [f"{rung['kid_miniature_grader']:.3f}", f"{rung['fd_miniature_grader']:.2f}"]
+        distances += [f"{rung['test_loss']:.4f}"]
         cells = [str(rung["step"]), str(rung["samples_seen"]), *right, *distances]
         lines.append("| " + " | ".join(cells) + " |")
     if result["half_width"]:
@@ -75,7 +77,8 @@ def ladder(result: dict) -> str:
             "",
             f"**At half the width**, the same recipe and {row['samples_seen']} pictures: object "
             f"{100 * row['grader']['object']:.1f} %, all {100 * row['grader']['all']:.1f} %, KID "
-            f"{row['kid_miniature_grader']:.3f}, FD {row['fd_miniature_grader']:.2f}.",
+            f"{row['kid_miniature_grader']:.3f}, FD {row['fd_miniature_grader']:.2f}, "
+            f"test loss {row['test_loss']:.4f}.",
         ]
     return "\n".join([*lines, ""])
 

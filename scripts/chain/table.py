@@ -37,9 +37,27 @@ def write_table(path: Path, result: dict[str, Any]) -> None:
             for phase, row in parts[name]["phases"].items():
                 extra, share = row["extra_bytes"] / 2**20, parts[name]["extra_memory_ratio"][phase]
                 lines.append(f"| {_NAMES[name]} | {phase} | {row['seconds']:.2f} | {extra:,.0f} MiB | {share:.1%} |")
-    lines += ["", "A reload's share leaves out the loaded model itself.", "", *_rival(result), *_speed(parts)]
+    lines += ["", "A reload's share leaves out the loaded model itself.", "", *_aims(result["figures"])]
+    lines += [*_rival(result), *_speed(parts)]
     with whole_file(path) as temporary:
         temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _aims(figures: dict[str, float]) -> list[str]:
+    """Each aim beside what was measured; a miss is called one."""
+    aims = {
+        "extra_memory_ratio": ("extra peak memory, the worst phase of the worst host", "<=", 0.1),
+        "cut_time_ratio_vs_torch_pruning": ("time of a cut / Torch-Pruning's", "<=", 0.1),
+        "macs_saving_seen_unet": ("MACs saving seen as time, U-Net", ">=", 0.9),
+        "macs_saving_seen_dit": ("MACs saving seen as time, DiT", ">=", 0.9),
+        "macs_saving_seen_vit": ("MACs saving seen as time, ViT", ">=", 0.9),
+    }
+    lines = ["## Aims", "", "| figure | aim | measured | |", "|---|---|---:|---|"]
+    for name, (told, sign, aim) in aims.items():
+        if name in figures:
+            met = figures[name] <= aim if sign == "<=" else figures[name] >= aim
+            lines.append(f"| {told} | {sign} {aim} | {figures[name]:.3f} | {'met' if met else 'missed'} |")
+    return [*lines, ""]
 
 
 def _rival(result: dict[str, Any]) -> list[str]:

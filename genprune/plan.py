@@ -153,7 +153,7 @@ class PruningPlan:
         check_replaceable(path, "plan.json", "a plan")
         with whole_folder(path) as folder:
             (folder / "plan.json").write_text(json.dumps(self.to_json(), indent=2) + "\n", encoding="utf-8")
-            self._write_tensors(folder / "plan.safetensors", metadata={"format": "genprune"})
+            self._write_tensors(folder / "plan.safetensors", metadata={_SITES_KEY: _digest(self.to_json()["sites"])})
         return path
 
     def _write_tensors(self, path: Path, metadata: dict[str, str]) -> None:
@@ -162,7 +162,7 @@ class PruningPlan:
         # One tensor of bits in the order of `sites`: a name and a byte for each unit would be 8 to 10 times larger.
         tensors = {"keep": packed_bits(torch.cat([torch.zeros(0, dtype=torch.bool), *self.keep.values()]))}
         tensors |= {f"tensor.{name}": value.contiguous() for name, value in self.tensors.items()}
-        save_file(tensors, str(path), metadata={_SITES_KEY: _digest(self.to_json()["sites"]), **metadata})
+        save_file(tensors, str(path), metadata=metadata)  # one key: safetensors writes several in random order
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> PruningPlan:
@@ -189,11 +189,13 @@ class PruningPlan:
                     f"'{tensors}' is a safetensors file without a plan. Pass a file that plan.save wrote."
                 )
             text = metadata[_METADATA_KEY]
-        return cls._from_json(text, bits, extra, metadata, source=path)
+        elif _SITES_KEY not in metadata:
+            raise PlanMismatch(f"'{tensors}' does not hold the masks of the plan beside it. Make the plan again.")
+        return cls._from_json(text, bits, extra, metadata.get(_SITES_KEY), source=path)
 
     @classmethod
     def _from_json(
-        cls, text: str, bits: Tensor, tensors: dict[str, Tensor], metadata: dict[str, str], source: Path
+        cls, text: str, bits: Tensor, tensors: dict[str, Tensor], digest: str | None, source: Path
     ) -> PruningPlan:
         def refuse(problem: str) -> PlanMismatch:
             return PlanMismatch(f"the plan at '{source}' {problem}. Make it again, or restore the file.")
@@ -218,9 +220,9 @@ class PruningPlan:
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise refuse(f"lacks a part or has one of the wrong type ({error})") from None
         sites = parts.pop("sites")
-        if metadata.get(_SITES_KEY) != _digest(data["sites"]):
-            raise refuse("names other sites or widths than its masks: one of the two was edited")
         sizes = [size for _, size in sites.values()]
+        if digest not in (None, _digest(data["sites"])) or bits.numel() != -(-sum(sizes) // 8):
+            raise refuse("names other sites or widths than its masks: one of the two was edited")
         masks = unpacked_bits(bits, sum(sizes)).split(sizes)
         return cls(keep=dict(zip(sites, masks)), tensors=tensors, **parts)
 

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from genprune.sites import Site, Sites, Slice
 
+_CHUNK = 1 << 20  # entries squared at a time
+
 
 @dataclass(frozen=True)
 class MagnitudeScores:
@@ -60,17 +62,31 @@ def _unit_energies(layer: nn.Module, piece: Slice, size: int) -> Iterable[tuple[
         tensor = getattr(layer, name, None)
         if tensor is None:
             continue
-        tensor = tensor.detach().float()
-        if piece.side == "in":
-            tensor = tensor.transpose(0, 1)
-        squares = tensor.square().flatten(1).sum(1) if tensor.ndim > 1 else tensor.square()  # (rows or columns,)
-        owned = squares[piece.offset : piece.offset + size * piece.width]
-        yield owned.reshape(size, piece.width).sum(1).cpu(), tensor[0].numel() * piece.width
+        tensor = tensor.detach()
+        dim = 1 if piece.side == "in" else 0
+        owned = _squares(tensor.narrow(dim, piece.offset, size * piece.width), dim)
+        yield owned.reshape(size, piece.width).sum(1).cpu(), tensor.numel() // tensor.shape[dim] * piece.width
+
+
+def _squares(tensor: Tensor, dim: int | None = None) -> Tensor:
+    """Sum of squares over all dimensions but `dim`, in float32, a few rows at a time."""
+    rows = max(1, _CHUNK // max(1, tensor[0].numel() if tensor.ndim and len(tensor) else 1))
+    sums = []
+    for part in tensor.split(rows):
+        squares = part.float().square()
+        if dim is None:
+            sums.append(squares.sum())
+        elif squares.ndim == 1:
+            sums.append(squares)
+        else:
+            sums.append(squares.sum([d for d in range(squares.ndim) if d != dim]))
+    return torch.cat(sums) if dim == 0 else torch.stack(sums).sum(0)
 
 
 def _wholes(model: nn.Module, sites: list[Site]) -> dict[str, Tensor]:
     parts: dict[str, list[tuple[tuple, float, int]]] = {}  # site -> (role, sum of squares, entries) of each tensor
     roles: dict[tuple, tuple[float, int]] = {}  # role -> the same sums over all sites
+    known: dict[int, float] = {}
     for site in sites:
         parts[site.name] = []
         for change in site.emptied:
@@ -79,8 +95,10 @@ def _wholes(model: nn.Module, sites: list[Site]) -> dict[str, Tensor]:
             for name, parameter in removed.named_parameters():
                 if id(parameter) in left:
                     continue
+                if id(parameter) not in known:  # sites nest: a block's parameters are also a wrapper's
+                    known[id(parameter)] = float(_squares(parameter.detach()))
                 role = site.kind, re.sub(r"\d+", "*", change.module.rsplit(".", 1)[-1]), name
-                squares, entries = float(parameter.detach().float().square().sum()), parameter.numel()
+                squares, entries = known[id(parameter)], parameter.numel()
                 parts[site.name].append((role, squares, entries))
                 before = roles.get(role, (0.0, 0))
                 roles[role] = before[0] + squares, before[1] + entries

@@ -10,8 +10,12 @@ from contextlib import contextmanager
 
 @contextmanager
 def interrupt_deferred() -> Iterator[None]:
-    """Deliver a Ctrl-C that arrives inside the block at its end. No-op off the main thread, where none arrives."""
-    if threading.current_thread() is not threading.main_thread():
+    """Deliver a Ctrl-C that arrives inside the block at its end.
+
+    No-op off the main thread, where none arrives, and where another program's handler is in force: Python cannot put
+    that one back.
+    """
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) is None:
         yield
         return
     caught = []

@@ -6,12 +6,21 @@ replacement holds a zero-element buffer under the name of every parameter that w
 
 from __future__ import annotations
 
+from typing import Self
+
 import torch
 from torch import Tensor, nn
 
 
 class Tombstone(nn.Module):
     """Zero-element buffers under a removed module's parameter names, nested as they were."""
+
+    @classmethod
+    def of(cls, removed: nn.Module) -> Self:
+        """What stands where `removed` stood, with a tombstone for each of its tensors."""
+        module = cls()
+        module.bury(removed)
+        return module
 
     def bury(self, removed: nn.Module, keep: tuple[str, ...] = ()) -> None:
         """Add a tombstone for each tensor of `removed`, but for sub-modules named in `keep`."""
@@ -35,24 +44,12 @@ class Tombstone(nn.Module):
 class ZeroOutput(Tombstone):
     """A removed residual branch: zeros of the shape of its input."""
 
-    @classmethod
-    def of(cls, removed: nn.Module) -> ZeroOutput:
-        module = cls()
-        module.bury(removed)
-        return module
-
     def forward(self, hidden_states: Tensor, *args, **kwargs) -> Tensor:
         return hidden_states.new_zeros(()).expand(hidden_states.shape)
 
 
 class PassThrough(Tombstone):
     """A removed block or norm whose host hands the first argument on: returns it."""
-
-    @classmethod
-    def of(cls, removed: nn.Module) -> PassThrough:
-        module = cls()
-        module.bury(removed)
-        return module
 
     def forward(self, hidden_states: Tensor, *args, **kwargs) -> Tensor:
         return hidden_states

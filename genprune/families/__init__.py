@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -77,7 +77,6 @@ class Family:
     hosts: tuple[str, ...]
     library: str
     sample_argument: str = "sample"
-    extra: dict[str, Any] = field(default_factory=dict)
 
     def sites(self, model: nn.Module) -> list[Site]:
         """Every site of the model, in module order, parents after children."""

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from genprune.families import Family, OperatingPoint, StockExport, renumbered
+from genprune.families import OperatingPoint, StockExport, renumbered
 from genprune.families.attention import (
     attention_heads,
     check_attention,
@@ -17,6 +17,7 @@ from genprune.families.attention import (
     head_projections,
     residual_branch,
 )
+from genprune.families.diffusers_family import DiffusersFamily
 from genprune.replacements import Tombstone
 from genprune.sites import GatePoint, Replacement, Site, Sites, SizeAttribute, Slice, effective_keep
 
@@ -38,12 +39,6 @@ class PassThroughPair(Tombstone):
 
 class ZeroWidthAttention(Tombstone):
     """The attention of a single-stream block without heads: no features, which `proj_out` has no columns for."""
-
-    @classmethod
-    def of(cls, removed: nn.Module) -> ZeroWidthAttention:
-        module = cls()
-        module.bury(removed)
-        return module
 
     def forward(self, hidden_states: Tensor, *args, **kwargs) -> Tensor:
         return hidden_states[..., :0]  # (B, N, 0)
@@ -150,18 +145,10 @@ def single_block_sites(path: str, block: nn.Module) -> list[Site]:
     return [*sites, neurons, whole]
 
 
-class MMDiTFamily(Family):
+class MMDiTFamily(DiffusersFamily):
     """What Flux and SD3 share. `depths` names their block lists and the configuration field that counts each."""
 
     depths: tuple[tuple[str, str], ...] = ()
-
-    def build(self, config: dict[str, Any]) -> nn.Module:
-        import diffusers
-
-        return getattr(diffusers, self.hosts[0]).from_config(config)
-
-    def config(self, model: nn.Module) -> dict[str, Any]:
-        return {k: v for k, v in model.config.items() if not k.startswith("_") and k != "pruning"}
 
     def stock_config(self, model: nn.Module, sites: Sites, keep: Mapping[str, Tensor]) -> StockExport | None:
         keep = effective_keep(sites, keep)

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from genprune.families import Family, OperatingPoint, StockExport, renumbered
+from genprune.families import OperatingPoint, StockExport, renumbered
 from genprune.families.attention import attention_heads, feed_forward_neurons, residual_branch
+from genprune.families.diffusers_family import DiffusersFamily
 from genprune.replacements import PassThrough, Tombstone
 from genprune.sites import GatePoint, Replacement, Site, Sites, Slice, effective_keep
 
@@ -132,7 +133,7 @@ def _is(module: nn.Module, name: str) -> bool:
     return any(cls.__name__ == name for cls in type(module).__mro__)
 
 
-class UNetFamily(Family):
+class UNetFamily(DiffusersFamily):
     """Sites of a U-Net; operating point in latent pixels at the model's `sample_size`, 77 text tokens."""
 
     def sites(self, model: nn.Module) -> list[Site]:
@@ -204,14 +205,6 @@ class UNetFamily(Family):
         if config.time_cond_proj_dim is not None:
             inputs["timestep_cond"] = torch.randn(point.batch, config.time_cond_proj_dim, **make)
         return inputs
-
-    def build(self, config: dict[str, Any]) -> nn.Module:
-        import diffusers
-
-        return getattr(diffusers, self.hosts[0]).from_config(config)
-
-    def config(self, model: nn.Module) -> dict[str, Any]:
-        return {k: v for k, v in model.config.items() if not k.startswith("_") and k != "pruning"}
 
     def stock_config(self, model: nn.Module, sites: Sites, keep: Mapping[str, Tensor]) -> StockExport | None:
         keep = effective_keep(sites, keep)

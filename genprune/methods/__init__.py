@@ -1,0 +1,20 @@
+"""The named methods: frozen dataclasses that say how to score, and what a plan has to meet. One file a method."""
+
+from __future__ import annotations
+
+from genprune.methods.base import FORMAT_VERSION, Method
+from genprune.methods.registry import MethodCard, method_from_json, method_named, methods
+from genprune.methods.simple import Magnitude, Random
+from genprune.methods.taylor import Taylor
+
+__all__ = [
+    "FORMAT_VERSION",
+    "Magnitude",
+    "Method",
+    "MethodCard",
+    "Random",
+    "Taylor",
+    "method_from_json",
+    "method_named",
+    "methods",
+]

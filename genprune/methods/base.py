@@ -1,0 +1,107 @@
+"""What every method has: a budget, constraints, a seed, and the checks of its fields."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from genprune.allocation import ALLOCATIONS
+from genprune.allocation.request import check_budget, check_kinds
+from genprune.criteria import criterion_named
+from genprune.errors import GenpruneError, nearest
+
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Method:
+    """What every method has: a budget, constraints and a seed. Use a subclass.
+
+    Args:
+        keep: share of the whole dense denoiser that stays, in (0, 1].
+        of: what `keep` is a share of: `params`, `macs`, or `units` (each kind keeps that share of its units).
+        kinds: kinds of sites that may lose units; None: every kind that narrows layers (heads, neurons, channels,
+            modulation). `branch`, `block` and `wrapper` remove whole modules and have to be asked for.
+        allocation: `global` (one ranking, score per cost) or `uniform` (the same share in every site).
+        min_keep: share of its units that a site of several units keeps at least, in [0, 1]; always at least one.
+        round_to: neurons stay in multiples of this, >= 1.
+        max_width_classes: at most this many combinations of widths among blocks of one class; None: any number.
+        protect: shell-style patterns of site names that stay whole.
+        seed: of every random draw.
+    """
+
+    keep: float = 0.8
+    of: str = "params"
+    kinds: tuple[str, ...] | None = None
+    allocation: str = "global"
+    min_keep: float = 0.05
+    round_to: int = 1
+    max_width_classes: int | None = None
+    protect: tuple[str, ...] = ()
+    seed: int = 0
+
+    name: ClassVar[str] = ""
+
+    def __post_init__(self) -> None:
+        for field in ("kinds", "protect"):
+            value = getattr(self, field)
+            if value is not None:
+                object.__setattr__(self, field, (value,) if isinstance(value, str) else tuple(value))
+        check_budget(self.keep, self.of)
+        if self.kinds is not None:
+            check_kinds(self.kinds)
+        if self.allocation not in ALLOCATIONS:
+            raise GenpruneError(
+                f"allocation={self.allocation!r}{nearest(str(self.allocation), ALLOCATIONS)}; expected one of "
+                f"{', '.join(ALLOCATIONS)}."
+            )
+        check_range("min_keep", self.min_keep, 0, 1)
+        check_whole("round_to", self.round_to, 1)
+        check_whole("seed", self.seed, 0)
+        if self.max_width_classes is not None:
+            check_whole("max_width_classes", self.max_width_classes, 1)
+
+    def criterion(self):
+        """The criterion that scores for this method."""
+        return criterion_named(self.name)()
+
+    def calibration(self, target, prompts, data, loss_fn, size: Mapping[str, int], progress: bool):
+        """What the criterion is calibrated on; None where it reads weights only."""
+        return None
+
+    def changed(self, **changes: Any) -> Method:
+        """A copy with other values. Raises `GenpruneError` for an unknown name or a value out of range."""
+        known = [field.name for field in dataclasses.fields(self)]
+        for name in changes:
+            if name not in known:
+                raise GenpruneError(
+                    f"{type(self).__name__} has no '{name}'{nearest(name, known)}; expected {', '.join(known)}."
+                )
+        return dataclasses.replace(self, **changes)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON data; `method_from_json` reads it."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        values = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+        return {"format_version": FORMAT_VERSION, "method": self.name, **values}
+
+
+def check_range(name: str, value: Any, low: float, high: float) -> None:
+    """Raises `GenpruneError` for a field that is no number in this range."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
+        raise GenpruneError(f"{name}={value!r}; expected a number from {low} to {high}.")
+
+
+def check_whole(name: str, value: Any, low: int) -> None:
+    """Raises `GenpruneError` for a field that is no whole number of at least `low`."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < low:
+        raise GenpruneError(f"{name}={value!r}; expected a whole number of at least {low}.")
+
+
+def with_progress(batches: Iterable, total: int | None) -> Iterator:
+    """The batches, with a bar that counts them."""
+    from tqdm.auto import tqdm
+
+    yield from tqdm(batches, total=total, desc="scoring", unit="batch")

@@ -1,4 +1,5 @@
-"""Train the embedded miniature from scratch: a small Stable-Diffusion-shaped text-to-image pipeline, stage by stage.
+"""Train the embedded miniatures from scratch: a small Stable-Diffusion-shaped and a small FLUX-shaped text-to-image
+pipeline (`--arch unet`, `--arch mmdit`), stage by stage.
 
     accelerate launch scripts/train_miniature.py --stage vae --output_dir runs/miniature
     accelerate launch scripts/train_miniature.py --stage denoiser --output_dir runs/miniature
@@ -26,7 +27,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from scripts.miniature.data import CaptionedImages, EmojiScenes  # noqa: E402
-from scripts.miniature.denoiser import ARCHITECTURES  # noqa: E402
+from scripts.miniature.assembly import ARCHITECTURES  # noqa: E402
 from scripts.miniature.loop import LoopConfig, train  # noqa: E402
 
 # what each trained stage uses where a flag is not given; the embedded miniature was trained with these

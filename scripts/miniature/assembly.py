@@ -11,13 +11,22 @@ import diffusers
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler
 from safetensors.torch import load_file
-from transformers import CLIPTokenizer
+from torch import nn
+from transformers import CLIPTokenizer, T5TokenizerFast
 
 from .autoencoder import AutoencoderStage, build_autoencoder
 from .data import CaptionedImages, EmojiScenes
-from .denoiser import ARCHITECTURES, DenoiserStage, cache_latents
+from .denoiser import Architecture, DenoiserStage, cache_latents, half_width_unet_architecture, unet_architecture
 from .loop import process_state
-from .text import build_text_encoder, build_tokenizer
+from .mmdit import (
+    FlowStage,
+    build_t5,
+    build_t5_tokenizer,
+    half_width_mmdit_architecture,
+    mmdit_architecture,
+    start_at_identity,
+)
+from .text import build_text_encoder, build_tokenizer, tokenize
 
 logger = logging.getLogger("train_miniature")
 
@@ -66,45 +75,79 @@ def autoencoder_stage(
     )
 
 
+# one entry per --arch
+ARCHITECTURES = {
+    "unet": unet_architecture,
+    "unet_half": half_width_unet_architecture,
+    "mmdit": mmdit_architecture,
+    "mmdit_half": half_width_mmdit_architecture,
+}
+
+
 def denoiser_stage(
     arguments: argparse.Namespace, data: EmojiScenes | CaptionedImages, batch_size: int
-) -> DenoiserStage:
-    """Builds tokenizer, text encoder and denoiser; encodes the training pictures once."""
+) -> DenoiserStage | FlowStage:
+    """Builds tokenizers, text encoders and denoiser; encodes the training pictures once."""
     folder = arguments.output_dir / arguments.arch
     folder.mkdir(parents=True, exist_ok=True)
     architecture = ARCHITECTURES[arguments.arch]()
+    captions = data.captions()
     with process_state().main_process_first():
         if not (folder / "tokenizer" / "vocab.json").is_file():
-            build_tokenizer(data.captions(), folder / "tokenizer", architecture.text_length)
-    tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
+            build_tokenizer(captions, folder / "tokenizer", architecture.text_length)
+            if is_flow(architecture):
+                build_t5_tokenizer(captions, folder / "tokenizer_2", architecture.text_length)
+    tokenizers = load_tokenizers(folder, architecture)
     vae = load_autoencoder(arguments.output_dir, decoder=False)
-    pool = cache_latents(vae, tokenizer, data, folder / "pool.safetensors")
+    pool = cache_latents(vae, tokenizers["tokenizer"], data, folder / "pool.safetensors")
     scaling = 1.0 / pool["latents"][:4096].float().std().item()
     (arguments.output_dir / "scaling.json").write_text(json.dumps({"scaling_factor": scaling}))
     vae.register_to_config(scaling_factor=scaling)
     torch.manual_seed(arguments.seed)
-    text_encoder, denoiser = build_denoiser(arguments.arch, tokenizer)
-    for model in (denoiser, text_encoder, vae):
-        logger.info("%s: %d parameters", type(model).__name__, sum(p.numel() for p in model.parameters()))
+    modules = build_denoiser(architecture, tokenizers)
+    for name, model in {**modules, "vae": vae}.items():
+        logger.info("%s: %d parameters", name, sum(p.numel() for p in model.parameters()))
+    common = (data.preview_captions(32), arguments.seed, batch_size, arguments.proportion_empty_prompts)
+    if is_flow(architecture):
+        pool["tokens_2"] = tokenize(tokenizers["tokenizer_2"], captions)
+        return FlowStage(modules, vae, tokenizers, pool, *common)
     return DenoiserStage(
-        denoiser,
-        text_encoder,
+        modules["denoiser"],
+        modules["text_encoder"],
         vae,
-        tokenizer,
+        tokenizers["tokenizer"],
         DDIMScheduler(**architecture.scheduler_config),
         pool,
-        data.preview_captions(32),
-        arguments.seed,
-        batch_size,
-        arguments.proportion_empty_prompts,
+        *common,
     )
 
 
-def build_denoiser(arch: str, tokenizer: CLIPTokenizer):
-    """Untrained text encoder and denoiser of an architecture."""
-    architecture = ARCHITECTURES[arch]()
-    text_encoder = build_text_encoder(tokenizer, architecture.text_hidden_size, architecture.text_layers)
-    return text_encoder, architecture.denoiser_class(**architecture.denoiser_config)
+def is_flow(architecture: Architecture) -> bool:
+    """Whether it is FLUX-shaped: two text encoders, rectified flow."""
+    return architecture.pipeline_class == "FluxPipeline"
+
+
+def load_tokenizers(folder: Path, architecture: Architecture) -> dict[str, CLIPTokenizer | T5TokenizerFast]:
+    """The tokenizers by the names of the pipeline's components."""
+    tokenizers = {"tokenizer": CLIPTokenizer.from_pretrained(folder / "tokenizer")}
+    if is_flow(architecture):
+        tokenizers["tokenizer_2"] = T5TokenizerFast.from_pretrained(folder / "tokenizer_2")
+    return tokenizers
+
+
+def build_denoiser(architecture: Architecture, tokenizers: dict) -> dict[str, nn.Module]:
+    """Untrained text encoders and denoiser, by name."""
+    modules: dict[str, nn.Module] = {
+        "text_encoder": build_text_encoder(
+            tokenizers["tokenizer"], architecture.text_hidden_size, architecture.text_layers
+        )
+    }
+    if is_flow(architecture):
+        modules["text_encoder_2"] = build_t5(tokenizers["tokenizer_2"], architecture.text_hidden_size)
+    modules["denoiser"] = architecture.denoiser_class(**architecture.denoiser_config)
+    if is_flow(architecture):
+        start_at_identity(modules["denoiser"])
+    return modules
 
 
 def assemble_pipeline(output_dir: Path, arch: str, weights: Path | None = None):
@@ -115,19 +158,26 @@ def assemble_pipeline(output_dir: Path, arch: str, weights: Path | None = None):
     """
     architecture = ARCHITECTURES[arch]()
     folder = output_dir / arch
-    tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
-    text_encoder, denoiser = build_denoiser(arch, tokenizer)
+    tokenizers = load_tokenizers(folder, architecture)
+    modules = build_denoiser(architecture, tokenizers)
     tensors = load_file(weights or averaged_weights(folder))
-    for prefix, model in (("denoiser.", denoiser), ("text_encoder.", text_encoder)):
+    for name, model in modules.items():
+        prefix = name + "."
         model.load_state_dict({n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)})
         model.eval()
+    denoiser = modules.pop("denoiser")
+    vae = load_autoencoder(output_dir)
     pipeline_class = getattr(diffusers, architecture.pipeline_class)
+    if is_flow(architecture):
+        vae.register_to_config(shift_factor=0.0)
+        scheduler = diffusers.FlowMatchEulerDiscreteScheduler(**architecture.scheduler_config)
+        return pipeline_class(transformer=denoiser, vae=vae, scheduler=scheduler, **modules, **tokenizers)
     return pipeline_class(
-        vae=load_autoencoder(output_dir),
-        text_encoder=text_encoder,
-        tokenizer=tokenizer,
         unet=denoiser,
+        vae=vae,
         scheduler=DDIMScheduler(**architecture.scheduler_config),
+        **modules,
+        **tokenizers,
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,

@@ -66,7 +66,9 @@ def save_averaged(state: TrainingState, path: Path) -> None:
 
 def _save(tensors: dict[str, Tensor], path: Path) -> None:
     # channels-last weights are not contiguous, and safetensors stores contiguous tensors only
-    save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, path)
+    save_file(
+        {name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}, path
+    )
 
 
 def _step_of(folder: Path) -> int:

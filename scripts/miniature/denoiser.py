@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -30,7 +30,6 @@ class Architecture:
     text_hidden_size: int = 128
     text_layers: int = 2
     text_length: int = 16
-    extra_components: dict = field(default_factory=dict)
 
 
 def unet_architecture(
@@ -80,10 +79,6 @@ def unet_architecture(
 def half_width_unet_architecture() -> Architecture:
     """The same at half the width, text included: were it no worse, the task would be too easy to judge pruning by."""
     return unet_architecture((24, 48, 64), text_hidden_size=64, norm_num_groups=8)
-
-
-# one entry per --arch; a FLUX- or SD3-shaped denoiser is one more
-ARCHITECTURES = {"unet": unet_architecture, "unet_half": half_width_unet_architecture}
 
 
 @torch.no_grad()

@@ -5,7 +5,9 @@ from __future__ import annotations
 from genprune.denoising.batches import DenoisingBatch, ImageBatch, LossBatch
 from genprune.denoising.calibration import calibration_batches
 from genprune.denoising.capture import DenoiserCall, Run, capture_runs
+from genprune.denoising.checkpointing import StepGates
 from genprune.denoising.targets import forward_process
+from genprune.denoising.trajectory import draw_latents
 
 __all__ = [
     "DenoiserCall",
@@ -13,7 +15,9 @@ __all__ = [
     "ImageBatch",
     "LossBatch",
     "Run",
+    "StepGates",
     "calibration_batches",
     "capture_runs",
+    "draw_latents",
     "forward_process",
 ]

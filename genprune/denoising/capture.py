@@ -154,7 +154,7 @@ def capture_runs(
             given["prompt"] = [prompts[(first + row) % len(prompts)] for row in range(rows)]
         else:
             given["batch_size"] = rows
-        quiet = _quiet_copy(pipe)
+        quiet = quiet_copy(pipe)
         with CallRecorder(denoiser(pipe), keep, device) as recorder:
             images = quiet(**given, **options).images
         images = images.detach().to(device)
@@ -178,7 +178,7 @@ def checked_prompts(pipe, prompts: Sequence[str] | None) -> list[str] | None:
     return list(prompts)
 
 
-def _quiet_copy(pipe):
+def quiet_copy(pipe):
     """A pipeline with the same components, a scheduler of its own, and no progress bar."""
     quiet = copy.copy(pipe)
     quiet.scheduler = copy.deepcopy(pipe.scheduler)

@@ -34,6 +34,8 @@ _LAZY = {
     "PrunedUNet2DModel": "genprune.pruned_models",
     "PrunedFluxTransformer2DModel": "genprune.pruned_models",
     "PrunedSD3Transformer2DModel": "genprune.pruned_models",
+    "PrunedDiTTransformer2DModel": "genprune.pruned_models",
+    "PrunedPixArtTransformer2DModel": "genprune.pruned_models",
     "save_model": "genprune.saving",
     "load_model": "genprune.saving",
     "export_stock": "genprune.stock",

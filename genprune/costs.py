@@ -20,7 +20,11 @@ from genprune.sites import Site, Sites
 
 @dataclass(frozen=True)
 class ModuleCosts:
-    """What one module does itself, its sub-modules not included."""
+    """What one module does itself, its sub-modules not included.
+
+    Where a sub-module is also called from outside (a DiT reads its first block's embeddings once more), it counts all
+    its calls, and the module around it so much less: `Costs.within` then is what runs while that module runs.
+    """
 
     params: int
     macs: int

@@ -14,8 +14,10 @@ from typing import Any
 import diffusers.loaders.peft as host_adapters
 from diffusers import (
     DiffusionPipeline,
+    DiTTransformer2DModel,
     FluxTransformer2DModel,
     ModelMixin,
+    PixArtTransformer2DModel,
     SD3Transformer2DModel,
     UNet2DConditionModel,
     UNet2DModel,
@@ -213,6 +215,18 @@ class PrunedSD3Transformer2DModel(PrunedAdapterMixin, SD3Transformer2DModel):
     __module__ = "genprune"
 
 
+class PrunedDiTTransformer2DModel(PrunedMixin, DiTTransformer2DModel):
+    """`DiTTransformer2DModel` after `gp.cut`."""
+
+    __module__ = "genprune"
+
+
+class PrunedPixArtTransformer2DModel(PrunedMixin, PixArtTransformer2DModel):
+    """`PixArtTransformer2DModel` after `gp.cut`."""
+
+    __module__ = "genprune"
+
+
 # Host class -> its Pruned class.
 PRUNED = {
     cls.__bases__[1]: cls
@@ -221,6 +235,8 @@ PRUNED = {
         PrunedUNet2DModel,
         PrunedFluxTransformer2DModel,
         PrunedSD3Transformer2DModel,
+        PrunedDiTTransformer2DModel,
+        PrunedPixArtTransformer2DModel,
     )
 }
 

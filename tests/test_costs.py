@@ -46,6 +46,35 @@ def test_sd15_attention_matmuls():
     assert round(own / 1e9, 2) == 63.03  # layers.md 4.1: attention matmuls inside
 
 
+def test_golden_counts_of_dits():
+    from diffusers import DiTTransformer2DModel, PixArtTransformer2DModel
+
+    with torch.device("meta"):
+        dit = DiTTransformer2DModel(out_channels=8)  # DiT-XL/2 at 256 px
+        alpha = PixArtTransformer2DModel(caption_channels=4096)  # PixArt-XL-2-1024-MS
+        sigma = PixArtTransformer2DModel(caption_channels=4096, use_additional_conditions=False)
+    costs = gp.count_costs(dit)
+    # The paper's 118.64 G: it embeds timestep and class once, diffusers in each of 28 blocks and before the output.
+    assert (costs.params, costs.macs) == (749_826_464, 118_666_838_016)
+    embedding = 256 * 1152 + 1152 * 1152
+    assert costs.macs - 28 * embedding == pytest.approx(118.64e9, rel=1e-3)
+    assert costs.modules["transformer_blocks.0.norm1"].macs == -embedding  # the host's own call of what is inside
+    assert costs.within("transformer_blocks.0").macs == costs.within("transformer_blocks.1").macs
+    assert sum(part.macs for part in costs.modules.values()) == costs.macs
+    for model, text, params, macs in (
+        (alpha, 120, 611_349_152, 3_254_761_783_296),
+        (sigma, 300, 610_856_096, 3_316_789_886_976),
+    ):
+        costs = gp.count_costs(model)
+        assert (costs.params, costs.macs) == (params, macs)
+        assert (costs.operating_point.height, costs.operating_point.text_length) == (128, text)
+
+
+def test_a_dit_makes_squares_only():
+    with pytest.raises(GenpruneError, match="squares only; expected one size, got height=16, width=8. Pass the same"):
+        gp.count_costs(HOSTS["dit"](), height=16)
+
+
 @pytest.mark.parametrize("host", HOSTS)
 def test_params_are_the_models_and_the_target_is_untouched(host):
     model = HOSTS[host]().bfloat16()

@@ -93,6 +93,31 @@ def sd3() -> nn.Module:
     )
 
 
+def dit() -> nn.Module:
+    from diffusers import DiTTransformer2DModel
+
+    torch.manual_seed(0)
+    return DiTTransformer2DModel(
+        sample_size=8, in_channels=4, out_channels=8, num_layers=3, attention_head_dim=8, num_attention_heads=3
+    )
+
+
+def pixart(**changes) -> nn.Module:
+    """Shaped like PixArt-Sigma; `sample_size=128` makes it PixArt-Alpha's 1024 px model."""
+    from diffusers import PixArtTransformer2DModel
+
+    torch.manual_seed(0)
+    config = {
+        "sample_size": 8,
+        "num_layers": 3,
+        "attention_head_dim": 8,
+        "num_attention_heads": 3,
+        "cross_attention_dim": 24,
+        "caption_channels": 16,
+    }
+    return PixArtTransformer2DModel(**(config | changes))
+
+
 def vit() -> nn.Module:
     import timm
 
@@ -102,4 +127,13 @@ def vit() -> nn.Module:
     )
 
 
-HOSTS = {"sd": sd_unet, "sdxl": sdxl_unet, "ddpm": ddpm_unet, "flux": flux, "sd3": sd3, "vit": vit}
+HOSTS = {
+    "sd": sd_unet,
+    "sdxl": sdxl_unet,
+    "ddpm": ddpm_unet,
+    "flux": flux,
+    "sd3": sd3,
+    "dit": dit,
+    "pixart": pixart,
+    "vit": vit,
+}

@@ -122,6 +122,8 @@ _SERVED = {
     "UNet2DModel": "unet",
     "FluxTransformer2DModel": "mmdit",
     "SD3Transformer2DModel": "mmdit",
+    "DiTTransformer2DModel": "dit",
+    "PixArtTransformer2DModel": "dit",
     "VisionTransformer": "vit",
 }
 

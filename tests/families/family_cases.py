@@ -1,4 +1,5 @@
-"""The table of families: real host classes at tiny sizes, all with inputs that are higher than wide or the reverse.
+"""The table of families: real host classes at tiny sizes, with inputs that are higher than wide or the reverse (a DiT
+makes squares only).
 
 Every law is one parametrised test over `FAMILY_CASES`, so that a new family is one row and meets every law at once.
 """
@@ -194,6 +195,40 @@ def sd3(**changes: Any) -> nn.Module:
     return SD3Transformer2DModel(**(config | changes))
 
 
+# ---- DiTs -----------------------------------------------------------------------------------------------------------
+
+
+def dit(**changes: Any) -> nn.Module:
+    from diffusers import DiTTransformer2DModel
+
+    config = {
+        "sample_size": 8,
+        "in_channels": 4,
+        "out_channels": 8,
+        "num_layers": 3,
+        "attention_head_dim": 8,
+        "num_attention_heads": 4,
+        "num_embeds_ada_norm": 10,
+    }
+    return DiTTransformer2DModel(**(config | changes))
+
+
+def pixart(**changes: Any) -> nn.Module:
+    from diffusers import PixArtTransformer2DModel
+
+    config = {
+        "sample_size": 8,
+        "in_channels": 4,
+        "out_channels": 8,
+        "num_layers": 3,
+        "attention_head_dim": 6,
+        "num_attention_heads": 4,
+        "cross_attention_dim": 24,
+        "caption_channels": 12,
+    }
+    return PixArtTransformer2DModel(**(config | changes))
+
+
 # ---- ViTs -----------------------------------------------------------------------------------------------------------
 
 
@@ -250,6 +285,7 @@ def partial_class(layer: type[nn.Module], fixed: dict[str, Any]) -> type[nn.Modu
 
 _UNET = ("heads", "neurons", "channels", "branch", "block", "wrapper")
 _MMDIT = ("heads", "neurons", "modulation", "branch", "block")
+_PIXART = ("heads", "neurons", "branch", "block")
 _VIT = ("heads", "neurons", "branch", "block")
 
 FAMILY_CASES = (
@@ -261,6 +297,10 @@ FAMILY_CASES = (
     FamilyCase("flux-guidance", lambda: flux(True), 12, 8, _MMDIT),
     FamilyCase("sd3", sd3, 8, 12, _MMDIT),
     FamilyCase("sd3-dual", lambda: sd3(dual_attention_layers=(0, 1), qk_norm="rms_norm"), 12, 8, _MMDIT),
+    FamilyCase("dit", dit, 8, 8, _MMDIT),
+    FamilyCase("dit-geglu", lambda: dit(activation_fn="geglu", norm_elementwise_affine=True), 12, 12, _MMDIT),
+    FamilyCase("pixart", pixart, 8, 12, _PIXART),
+    FamilyCase("pixart-size-conditions", lambda: pixart(use_additional_conditions=True), 12, 8, _PIXART),
     FamilyCase("vit", vit, 16, 24, _VIT),
     FamilyCase("vit-packed-glu-registers", vit_packed_glu, 16, 24, _VIT),
     FamilyCase("vit-distilled-split-glu", vit_split_glu, 16, 24, _VIT),

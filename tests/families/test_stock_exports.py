@@ -21,6 +21,8 @@ DEPTHS = {
     ),
     "sd3": (("transformer_blocks.1",), {"num_layers": 2, "dual_attention_layers": []}),
     "sd3-dual": (("transformer_blocks.0",), {"num_layers": 2, "dual_attention_layers": [0]}),
+    "dit": (("transformer_blocks.1",), {"num_layers": 2}),
+    "pixart": (("transformer_blocks.0",), {"num_layers": 2}),
     "vit": (("blocks.0",), {"architecture": "vit_tiny_patch16_224"}),
     "unet": (
         ("mid_block.attentions.0.transformer_blocks.0", "up_blocks.1.attentions.1.transformer_blocks.0"),
@@ -84,6 +86,8 @@ def test_one_mlp_width_is_exported(name: str):
     [
         ("flux", "transformer_blocks.0.attn:branch"),
         ("sd3", "transformer_blocks.0.norm1:modulation"),
+        ("dit", "transformer_blocks.0:block"),  # its embeddings serve the host's output
+        ("pixart", "transformer_blocks.0.attn2:branch"),
         ("vit", "blocks.0.mlp:branch"),
         ("vit", "blocks.0.mlp:neurons"),  # one block narrower than the other
         ("unet", "mid_block.attentions.0:wrapper"),

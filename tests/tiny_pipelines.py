@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import torch
-from tiny_hosts import flux, sd3, sd_unet
+from tiny_hosts import dit, flux, pixart, sd3, sd_unet
 
 
 def clip_tokenizer(folder):
@@ -115,3 +115,23 @@ def sd3_pipeline(folder):
         text_encoder_3=t5(16),
         tokenizer_3=clip_tokenizer(folder),
     )
+
+
+def dit_pipeline(folder=None):
+    """Class-conditional: takes no prompts."""
+    from diffusers import DDIMScheduler, DiTPipeline
+
+    return DiTPipeline(dit().eval(), vae(), DDIMScheduler(), id2label={0: "tench, Tinca tinca", 1: "goldfish"})
+
+
+def pixart_alpha_pipeline(folder):
+    from diffusers import DPMSolverMultistepScheduler, PixArtAlphaPipeline
+
+    model = pixart(sample_size=128).eval()  # the size at which the pipeline gives the image's size as a condition
+    return PixArtAlphaPipeline(clip_tokenizer(folder), t5(16), vae(), model, DPMSolverMultistepScheduler())
+
+
+def pixart_sigma_pipeline(folder):
+    from diffusers import DPMSolverMultistepScheduler, PixArtSigmaPipeline
+
+    return PixArtSigmaPipeline(clip_tokenizer(folder), t5(16), vae(), pixart().eval(), DPMSolverMultistepScheduler())

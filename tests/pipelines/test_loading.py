@@ -13,7 +13,7 @@ import torch
 from cut_models import plan_for, same_state
 from diffusers import DDPMPipeline, DDPMScheduler, DiffusionPipeline
 from tiny_hosts import ddpm_unet
-from tiny_pipelines import flux_pipeline, sd3_pipeline, sd_pipeline
+from tiny_pipelines import dit_pipeline, flux_pipeline, pixart_sigma_pipeline, sd3_pipeline, sd_pipeline
 
 import genprune as gp
 from genprune.cutting import applied_plan, plan_base
@@ -40,7 +40,9 @@ def same_model(found, expected) -> None:
             assert getattr(module, key, None) == getattr(other, key, None), (name, key)
 
 
-@pytest.mark.parametrize("make", [sd_pipeline, flux_pipeline, sd3_pipeline, ddpm_pipeline])
+@pytest.mark.parametrize(
+    "make", [sd_pipeline, flux_pipeline, sd3_pipeline, ddpm_pipeline, dit_pipeline, pixart_sigma_pipeline]
+)
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
 def test_equals_load_then_cut(make, dtype, tmp_path):
     pipe = make(tmp_path)

@@ -16,7 +16,7 @@ from diffusers import (
     StableDiffusionImg2ImgPipeline,
     StableDiffusionPipeline,
 )
-from tiny_pipelines import flux_pipeline, sd3_pipeline, sd_pipeline
+from tiny_pipelines import dit_pipeline, flux_pipeline, pixart_alpha_pipeline, sd3_pipeline, sd_pipeline
 
 import genprune as gp
 
@@ -90,7 +90,7 @@ def test_fresh_process(pipe, tmp_path):
             assert np.abs(np.asarray(image) - expected).max() < 1e-4  # float32 noise over two steps and a decoder
 
 
-@pytest.mark.parametrize("make", [sd_pipeline, flux_pipeline, sd3_pipeline])
+@pytest.mark.parametrize("make", [sd_pipeline, flux_pipeline, sd3_pipeline, dit_pipeline, pixart_alpha_pipeline])
 def test_cutting_the_component_and_saving_the_pipeline(make, tmp_path):
     """The pipeline's index would go on naming the stock class, which cannot load what is saved."""
     pipe = make(tmp_path)

@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 from cut_models import cut_model, dense, difference, inputs, plan_for, run, same_state
-from peft import LoraConfig, get_peft_model_state_dict
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import save_file
 from tiny_hosts import HOSTS
 from tiny_pipelines import flux_pipeline, sd_pipeline
@@ -168,6 +168,29 @@ def test_pipelines_refuse_a_base_lora_and_take_an_adapted_one(tmp_path):
         assert difference(run(model), run(before)) > 1e-3
         pipe.unload_lora_weights()
         same_state(model, before)
+
+
+@pytest.mark.parametrize("name", ["dit", "pixart"])
+def test_hosts_that_only_peft_adapts(name):
+    """diffusers gives DiT and PixArt no `load_lora_adapter`: their LoRAs are PEFT's."""
+    config = LoraConfig(r=3, lora_alpha=3, target_modules=[*_ATTENTION, "net.0.proj", "net.2"])
+    wrapped = get_peft_model(dense(name), config)
+    torch.manual_seed(4)
+    for key, parameter in wrapped.named_parameters():
+        if "lora_" in key:
+            torch.nn.init.normal_(parameter, std=0.2)
+    lora = {key: value.detach().clone() for key, value in get_peft_model_state_dict(wrapped).items()}
+    fused, model = wrapped.merge_and_unload(), dense(name)
+    plan = plan_for(model, seed=1, depth=False)
+    given = inputs(model)
+    expected, plain = run(gp.cut(fused, plan), given), run(gp.cut(model, plan), given)
+    assert difference(plain, expected) > 1e-2  # the LoRA is seen
+    adapted = gp.adapt_lora(lora, model)
+    wrapped = get_peft_model(model, config)
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        set_peft_model_state_dict(wrapped, lora)
+    set_peft_model_state_dict(wrapped, adapted)
+    assert difference(run(model, given), expected) < 1e-5
 
 
 def three_blocks():

@@ -120,7 +120,8 @@ def test_cutting_a_loaded_model_further_equals_cutting_on(tmp_path):
 
 
 def test_class_names_are_file_format():
-    for name in ("UNet2DConditionModel", "UNet2DModel", "FluxTransformer2DModel", "SD3Transformer2DModel"):
+    names = ("UNet2DConditionModel", "UNet2DModel", "FluxTransformer2DModel", "SD3Transformer2DModel")
+    for name in (*names, "DiTTransformer2DModel", "PixArtTransformer2DModel"):
         pruned = getattr(gp, f"Pruned{name}")
         assert pruned.__module__ == "genprune" and issubclass(pruned, getattr(diffusers, name))
         assert not {"forward", "__call__", "_forward_impl"} & vars(pruned).keys()

@@ -44,10 +44,11 @@ for folder, cls in json.loads(sys.argv[1]):
 
 
 def without_blocks(name: str):
-    """The block whose loss a stock configuration can say, and for a ViT half of every block's neurons."""
+    """A block whose loss a stock configuration can say, and for a ViT half of every block's neurons."""
     model = dense(name)
     blocks = [n for n, site in gp.find_sites(model).items() if site.kind == "block"]
-    keep = {blocks[0]: torch.zeros(1, dtype=torch.bool)}
+    which = 1 if name == "dit" else 0  # a DiT's first block leaves its embeddings behind
+    keep = {blocks[which]: torch.zeros(1, dtype=torch.bool)}
     if name == "vit":
         torch.manual_seed(5)
         keep |= {
@@ -59,7 +60,8 @@ def without_blocks(name: str):
 def test_exports_load_without_genprune(tmp_path):
     jobs, expected = [], {}
     for name, cls in (("sd", "UNet2DConditionModel"), ("flux", "FluxTransformer2DModel"),
-                      ("sd3", "SD3Transformer2DModel"), ("vit", "timm")):  # fmt: skip
+                      ("sd3", "SD3Transformer2DModel"), ("dit", "DiTTransformer2DModel"),
+                      ("pixart", "PixArtTransformer2DModel"), ("vit", "timm")):  # fmt: skip
         whole, model = without_blocks(name)
         before = copy.deepcopy(model)
         gp.export_stock(model, tmp_path / name)
@@ -94,7 +96,7 @@ def test_exports_load_without_genprune(tmp_path):
         assert (found - value).abs().max() <= 1e-5 * value.abs().max(), name
 
 
-@pytest.mark.parametrize("name", ["sd", "flux", "sd3", "vit"])
+@pytest.mark.parametrize("name", ["sd", "flux", "sd3", "dit", "pixart", "vit"])
 def test_what_no_stock_configuration_says(name, tmp_path):
     with pytest.raises(gp.UnsupportedModel, match=r"sites are in the way, '.*' \(keeps \d+ of \d+\).*save"):
         gp.export_stock(cut_model(name), tmp_path / "m")

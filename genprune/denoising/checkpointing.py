@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from genprune.denoising.activation_memory import KeptGraphs, SavedBytes
+from genprune.denoising.switches import blocks_checkpointed, frozen
 from genprune.errors import GenpruneError
 
 # Relative error of a recomputed prediction. Kernels that do not sum in a fixed order stay far below; a gate drawn
@@ -124,8 +125,10 @@ class Call:
     def measure(self, tensors: tuple[Tensor, ...]) -> list[Tensor]:
         """Make the call with a graph, count what that saves, and drop it: the one forward serves both."""
         chain = self.chain
-        # Later calls carry a gradient to the latents; the first one has to count what that saves as well.
-        inputs = tuple(tensor.detach().requires_grad_(tensor.is_floating_point()) for tensor in tensors)
+        # Later calls carry a gradient to the latents, which this first one has to count as well. Hosts take their
+        # sample first; text states and timesteps carry none.
+        sample = next((x for x in tensors if x.is_floating_point() and x.ndim > 2), None)
+        inputs = tuple(x.detach().requires_grad_(x is sample) for x in tensors)
         with torch.enable_grad(), blocks_checkpointed(chain.model, chain.block_checkpointing):
             with SavedBytes(chain.model, inputs) as saved:
                 output = self.make(inputs)
@@ -209,48 +212,6 @@ class ChainedDenoiser(nn.Module):
                     return chain.model(*args, **kwargs)
             call, tensors = Call.of(chain, args, kwargs)
             return call.output(CheckpointedCall.apply(call, *tensors, *chain.logits))
-
-
-@contextlib.contextmanager
-def frozen(*modules: nn.Module, but: tuple[Tensor, ...] = ()) -> Iterator[None]:
-    """No parameter of the modules requires a gradient inside, but for those in `but`; as before afterwards."""
-    spared = {id(tensor) for tensor in but}
-    held = []
-    for module in modules:
-        names = [name for name, p in module.named_parameters() if p.requires_grad and id(p) not in spared]
-        held.append((module, names))
-    try:
-        _require_grad(held, False)
-        yield
-    finally:
-        _require_grad(held, True)
-
-
-def _require_grad(held: list[tuple[nn.Module, list[str]]], value: bool) -> None:
-    for module, names in held:
-        parameters = dict(module.named_parameters()) if names else {}
-        for name in names:  # by name: offloading puts other tensors in the same places
-            parameters[name].requires_grad_(value)
-
-
-@contextlib.contextmanager
-def blocks_checkpointed(model: nn.Module, enabled: bool) -> Iterator[None]:
-    """Switch the host's own gradient checkpointing of its blocks; as before afterwards."""
-    names = ("gradient_checkpointing", "_gradient_checkpointing_func")
-    switches = [module for module in model.modules() if hasattr(module, names[0])]
-    before = [{name: module.__dict__[name] for name in names if name in module.__dict__} for module in switches]
-    try:
-        if enabled:
-            model.enable_gradient_checkpointing()
-        else:
-            for module in switches:
-                module.gradient_checkpointing = False
-        yield
-    finally:
-        for module, state in zip(switches, before):
-            for name in names:
-                module.__dict__.pop(name, None)
-            module.__dict__.update(state)
 
 
 @contextlib.contextmanager

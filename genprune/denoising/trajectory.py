@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from genprune.denoising.activation_memory import KeptGraphs, memory_bytes
 from genprune.denoising.capture import checked_prompts, quiet_copy, takes_prompts
-from genprune.denoising.checkpointing import Chain, ChainedDenoiser, StepGates, frozen, told_when_full
+from genprune.denoising.checkpointing import Chain, ChainedDenoiser, StepGates, told_when_full
+from genprune.denoising.switches import frozen
 from genprune.errors import GenpruneError, nearest
 from genprune.families import denoiser_slot
 

@@ -112,7 +112,7 @@ class BlendedOutput:
         return module.register_forward_hook(self.hook, with_kwargs=True)
 
     def hook(self, module: nn.Module, inputs: tuple, kwargs: dict, output):
-        given = dict(zip(self.parameters, inputs)) | kwargs
+        given = {**dict(zip(self.parameters, inputs)), **kwargs}  # torch 2.7 compiles no `|` of dictionaries
         if isinstance(output, tuple):
             blended = [self._blend(given[name], item, module) for name, item in zip(self.point.blend, output)]
             return (*blended, *output[len(blended) :])

@@ -3,6 +3,8 @@ pipeline (`--arch unet`, `--arch mmdit`), stage by stage.
 
     accelerate launch scripts/train_miniature.py --stage vae --output_dir runs/miniature
     accelerate launch scripts/train_miniature.py --stage denoiser --output_dir runs/miniature
+    accelerate launch scripts/train_miniature.py --stage denoiser --arch mmdit --output_dir runs/miniature
+    accelerate launch scripts/train_miniature.py --stage distill --arch mmdit --output_dir runs/miniature
     accelerate launch scripts/train_miniature.py --stage decoder --output_dir runs/miniature
     accelerate launch scripts/train_miniature.py --stage grader --output_dir runs/miniature
     accelerate launch scripts/train_miniature.py --stage export --output_dir runs/miniature
@@ -26,8 +28,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from scripts.miniature.data import CaptionedImages, EmojiScenes  # noqa: E402
 from scripts.miniature.assembly import ARCHITECTURES  # noqa: E402
+from scripts.miniature.data import CaptionedImages, EmojiScenes  # noqa: E402
 from scripts.miniature.loop import LoopConfig, train  # noqa: E402
 
 # what each trained stage uses where a flag is not given; the embedded miniature was trained with these
@@ -35,6 +37,7 @@ DEFAULTS = {
     "vae": {"max_train_steps": 3400, "learning_rate": 2e-3, "train_batch_size": 16, "mixed_precision": "bf16"},
     "decoder": {"max_train_steps": 1200, "learning_rate": 1e-3, "train_batch_size": 16, "mixed_precision": "bf16"},
     "denoiser": {"max_train_steps": 3900, "learning_rate": 1.5e-3, "train_batch_size": 48, "mixed_precision": "no"},
+    "distill": {"max_train_steps": 700, "learning_rate": 5e-4, "train_batch_size": 64, "mixed_precision": "no"},
     "grader": {"max_train_steps": 900, "learning_rate": 2e-3, "train_batch_size": 64, "mixed_precision": "no"},
 }
 
@@ -75,7 +78,7 @@ def loop_config(arguments: argparse.Namespace) -> LoopConfig:
     fields = {field.name for field in dataclasses.fields(LoopConfig)}
     given = {name: value for name, value in vars(arguments).items() if name in fields and value is not None}
     defaults = {name: value for name, value in DEFAULTS[arguments.stage].items() if name in fields}
-    folder = arguments.arch if arguments.stage == "denoiser" else arguments.stage
+    folder = {"denoiser": arguments.arch, "distill": f"{arguments.arch}_4_step"}.get(arguments.stage, arguments.stage)
     return LoopConfig(**{**defaults, **given, "output_dir": arguments.output_dir / folder})
 
 
@@ -110,6 +113,8 @@ def build_stage(arguments: argparse.Namespace):
     data = load_data(arguments)
     if arguments.stage in ("vae", "decoder"):
         return assembly.autoencoder_stage(arguments, data, batch_size)
+    if arguments.stage == "distill":
+        return assembly.distillation_stage(arguments, data, batch_size)
     return assembly.denoiser_stage(arguments, data, batch_size)
 
 

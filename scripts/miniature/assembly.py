@@ -17,9 +17,11 @@ from transformers import CLIPTokenizer, T5TokenizerFast
 from .autoencoder import AutoencoderStage, build_autoencoder
 from .data import CaptionedImages, EmojiScenes
 from .denoiser import Architecture, DenoiserStage, cache_latents, half_width_unet_architecture, unet_architecture
+from .distillation import DistillationStage, teacher_pairs
 from .loop import process_state
 from .mmdit import (
     FlowStage,
+    TextConditions,
     build_t5,
     build_t5_tokenizer,
     half_width_mmdit_architecture,
@@ -122,6 +124,22 @@ def denoiser_stage(
     )
 
 
+def distillation_stage(arguments: argparse.Namespace, data: EmojiScenes, batch_size: int) -> DistillationStage:
+    """The trained denoiser as teacher and as the student's start; draws the teacher's pictures once."""
+    teacher = assemble_pipeline(arguments.output_dir, arguments.arch)
+    tokenizers = {"tokenizer": teacher.tokenizer, "tokenizer_2": teacher.tokenizer_2}
+    conditions = TextConditions(
+        teacher.text_encoder.requires_grad_(False), teacher.text_encoder_2.requires_grad_(False)
+    )
+    folder = arguments.output_dir / f"{arguments.arch}_4_step"
+    folder.mkdir(parents=True, exist_ok=True)
+    captions = data.captions()
+    latents = teacher_pairs(teacher.transformer, conditions, tokenizers, captions, folder / "pairs.safetensors")
+    return DistillationStage(
+        teacher.transformer, conditions, tokenizers, teacher.vae, captions, latents, arguments.seed, batch_size
+    )
+
+
 def is_flow(architecture: Architecture) -> bool:
     """Whether it is FLUX-shaped: two text encoders, rectified flow."""
     return architecture.pipeline_class == "FluxPipeline"
@@ -150,17 +168,23 @@ def build_denoiser(architecture: Architecture, tokenizers: dict) -> dict[str, nn
     return modules
 
 
-def assemble_pipeline(output_dir: Path, arch: str, weights: Path | None = None):
+def distilled_weights(output_dir: Path, arch: str) -> Path:
+    """Averaged weights of the 4-step student of an architecture."""
+    return averaged_weights(output_dir / f"{arch}_4_step")
+
+
+def assemble_pipeline(output_dir: Path, arch: str, weights: Path | None = None, student: Path | None = None):
     """A stock pipeline, float32, of the trained parts.
 
     Args:
         weights: averaged weights of the denoiser stage; the last ones by default. Every rung of the ladder works.
+        student: `distilled_weights`, put into the denoiser; None: the denoiser itself.
     """
     architecture = ARCHITECTURES[arch]()
     folder = output_dir / arch
     tokenizers = load_tokenizers(folder, architecture)
     modules = build_denoiser(architecture, tokenizers)
-    tensors = load_file(weights or averaged_weights(folder))
+    tensors = load_file(weights or averaged_weights(folder)) | (load_file(student) if student else {})
     for name, model in modules.items():
         prefix = name + "."
         model.load_state_dict({n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)})

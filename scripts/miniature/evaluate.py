@@ -1,4 +1,4 @@
-"""Stage "evaluate": every figure of `docs/results/miniature.json`, and the contact sheets of the docs."""
+"""Stage "evaluate": every figure of `docs/results/miniature*.json`, and the contact sheets of the docs."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ from tqdm.auto import tqdm
 from genprune.miniature import grammar
 from genprune.miniature.grader import Grader, chance, grade
 
-from .assembly import assemble_pipeline, averaged_weights, load_autoencoder
-from .denoiser import DenoiserStage, decode, draw_latents
+from .assembly import assemble_pipeline, averaged_weights, distilled_weights, load_autoencoder
+from .denoiser import decode
 from .grading import stack
 from .loop import seed_step
 from .pictures import contact_sheet, to_tensor, to_uint8
 from .provenance import command, describe_data, describe_training, provenance
 from .report import write_report
+from .sampling import SAMPLER, STUDENT_SAMPLER, loss_stage, sample_latents
 from .statistics import (
     bootstrap_interval,
     frechet_distance,
@@ -29,11 +30,14 @@ from .statistics import (
     nearest_pictures,
     smallest_difference,
 )
-from .text import tokenize
 
 SEED = 20  # of the test scenes and of the noise; training used other seeds
 SHEET = 40  # pictures of the contact sheet, the first ones
-SAMPLER = {"steps": 20, "guidance_scale": 3.5}
+# --arch: what it is, its scheduler, the architecture of half the width, where the figures go
+KINDS = {
+    "unet": ("miniature A: Stable-Diffusion-shaped", "DDIMScheduler", "unet_half", "miniature"),
+    "mmdit": ("miniature B: FLUX-shaped", "FlowMatchEulerDiscreteScheduler", "mmdit_half", "miniature_mmdit"),
+}
 
 
 class Judge:
@@ -61,6 +65,7 @@ class Judge:
 def evaluate(arguments: argparse.Namespace) -> dict:
     """Draw test captions with every rung of the ladder, grade, compare, and write JSON, sheets and the docs' table."""
     output, docs = arguments.output_dir, arguments.docs_dir
+    what, scheduler, half, name = KINDS[arguments.arch]
     grader = Grader()
     weights = load_file(averaged_weights(output / "grader"))
     # what is embedded is float16, so what is measured is float16 rounded
@@ -74,28 +79,29 @@ def evaluate(arguments: argparse.Namespace) -> dict:
     last = ladder[-1]
     right = all_right(pictures, scenes, grader)
     result = {
-        "what": "miniature A: a 64 px pipeline trained from scratch on composed emoji scenes, nothing else",
+        "what": f"{what}, 64 px, trained from scratch on composed emoji scenes, nothing else",
         "command": command(arguments),
         "provenance": provenance(arguments, averaged_weights(output / arguments.arch)),
         "data": describe_data(scenes),
         "training": describe_training(output, arguments.arch),
-        "sampler": {"scheduler": "DDIMScheduler", **SAMPLER, "seed": f"{SEED} + index", "n": len(scenes)},
+        "sampler": {"scheduler": scheduler, **SAMPLER, "seed": f"{SEED} + index", "n": len(scenes)},
         "grader_on_real_test_scenes": rounded(grade_real(grader, 4000)),
         "reference_scenes": len(judge.reference),
         "chance": rounded(chance(scenes)),
-        "rows": baseline_rows(judge, scenes, real, pictures, load_autoencoder(output)),
+        "rows": baseline_rows(judge, scenes, real, pictures, load_autoencoder(output))
+        | student_rows(output, arguments.arch, judge, last["step"]),
         "ladder": ladder,
         "ladder_in_order": in_order(ladder),
-        "half_width": half_width(output, judge, last["step"], last["samples_seen"]),
+        "half_width": half_width(output, half, judge, last["step"], last["samples_seen"]),
         "all_right_interval_95": rounded(bootstrap_interval(right)),
         "smallest_difference_in_all_right": rounded(smallest_difference(right)),
         "held_out_pairs": held_out(pictures, scenes, grader),
         **copying(pictures, real, scenes, right, arguments),
     }
     (docs / "results").mkdir(parents=True, exist_ok=True)
-    (docs / "results" / "miniature.json").write_text(json.dumps(result, indent=1) + "\n")
-    write_report(docs)
-    write_sheets(docs / "miniature", scenes, real, pictures, load_autoencoder(output))
+    (docs / "results" / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
+    write_report(docs, name)
+    write_sheets(docs / name, scenes, real, pictures, load_autoencoder(output))
     return result
 
 
@@ -115,7 +121,7 @@ def climb(output: Path, arch: str, judge: Judge) -> tuple[list[dict], Tensor]:
 
 @torch.no_grad()
 def test_loss(output: Path, arch: str, weights: Path, scenes: list[grammar.Scene], rounds: int = 4) -> float:
-    """Mean squared v-prediction error on real test scenes with their captions; same noise for every model.
+    """Mean squared error of v-prediction, or of the velocity, on real test scenes; same noise for every model.
 
     Scores of drawn pictures end at 100 %; this does not, so it still tells good models apart.
     """
@@ -124,18 +130,7 @@ def test_loss(output: Path, arch: str, weights: Path, scenes: list[grammar.Scene
     latents = torch.cat(
         [pipeline.vae.encode(to_tensor(part)).latent_dist.mode() for part in np.array_split(pictures, 8)]
     )
-    tokens = tokenize(pipeline.tokenizer, [grammar.caption(scene) for scene in scenes])
-    stage = DenoiserStage(
-        pipeline.unet,
-        pipeline.text_encoder,
-        pipeline.vae,
-        pipeline.tokenizer,
-        pipeline.scheduler,
-        {"latents": latents, "tokens": tokens},
-        preview_captions=[],
-        batch_size=64,
-        proportion_empty_prompts=0.0,
-    )
+    stage = loss_stage(pipeline, latents, [grammar.caption(scene) for scene in scenes])
     losses = []
     for step in range(rounds * len(scenes) // 64):
         seed_step(SEED, step, rank=0)
@@ -154,13 +149,13 @@ def in_order(ladder: list[dict]) -> dict[str, bool]:
     return figures | {name: rising([-rung[name] for rung in ladder]) for name in distances}
 
 
-def half_width(output: Path, judge: Judge, step: int, samples_seen: int) -> dict | None:
+def half_width(output: Path, arch: str, judge: Judge, step: int, samples_seen: int) -> dict | None:
     """The same figures of a denoiser of half the width, where one was trained for as many steps."""
-    path = output / "unet_half" / f"checkpoint-{step}" / "ema.safetensors"
+    path = output / arch / f"checkpoint-{step}" / "ema.safetensors"
     if not path.is_file():
         return None
-    pictures = draw_all(output, "unet_half", path, step, judge.scenes)
-    loss = test_loss(output, "unet_half", path, judge.scenes)
+    pictures = draw_all(output, arch, path, step, judge.scenes)
+    loss = test_loss(output, arch, path, judge.scenes)
     return {"step": step, "samples_seen": samples_seen, "test_loss": loss, **judge.row(pictures)}
 
 
@@ -170,20 +165,41 @@ def grade_real(grader: Grader, n: int) -> dict[str, float]:
     return grade(stack(scenes), scenes, grader)
 
 
-def draw_all(output: Path, arch: str, weights: Path, step: int, scenes: list[grammar.Scene]) -> Tensor:
+def student_rows(output: Path, arch: str, judge: Judge, step: int) -> dict[str, dict]:
+    """The 4-step student, and its teacher at as many steps; nothing where none was distilled."""
+    if not any((output / f"{arch}_4_step").glob("checkpoint-*[0-9]")):
+        return {}
+    weights, student = averaged_weights(output / arch), distilled_weights(output, arch)
+    short = {**SAMPLER, "steps": STUDENT_SAMPLER["steps"]}
+    return {
+        "4-step student": judge.row(draw_all(output, arch, weights, step, judge.scenes, student, STUDENT_SAMPLER)),
+        "teacher at 4 steps": judge.row(draw_all(output, arch, weights, step, judge.scenes, sampler=short)),
+    }
+
+
+def draw_all(
+    output: Path,
+    arch: str,
+    weights: Path,
+    step: int,
+    scenes: list[grammar.Scene],
+    student: Path | None = None,
+    sampler: dict = SAMPLER,
+) -> Tensor:
     """uint8 `(N, 3, 64, 64)` of one rung in the embedded float16 values; noise of picture i is seeded by `SEED + i`.
 
     Latents are kept in the output folder, so that a rung is drawn once, whatever becomes of the decoder later.
     """
-    pipeline = assemble_pipeline(output, arch, weights)
-    for part in (pipeline.unet, pipeline.text_encoder, pipeline.vae):
-        part.half().float()
-    path = output / arch / f"latents-{step}-{len(scenes)}.safetensors"
+    pipeline = assemble_pipeline(output, arch, weights, student)
+    for part in pipeline.components.values():
+        if isinstance(part, torch.nn.Module):
+            part.half().float()
+    kind = ("student-" if student else "") + ("" if sampler == SAMPLER else f"{sampler['steps']}-steps-")
+    path = output / arch / f"latents-{kind}{step}-{len(scenes)}.safetensors"
     if not path.is_file():
         captions, drawn = [grammar.caption(scene) for scene in scenes], []
-        parts = (pipeline.unet, pipeline.text_encoder, pipeline.tokenizer, pipeline.scheduler)
         for start in tqdm(range(0, len(captions), 64), desc=f"draw {step}"):
-            drawn.append(draw_latents(*parts, captions[start : start + 64], seed=SEED + start, **SAMPLER))
+            drawn.append(sample_latents(pipeline, captions[start : start + 64], SEED + start, **sampler))
         save_file({"latents": torch.cat(drawn).contiguous()}, path)
     pictures = to_uint8(decode(pipeline.vae, load_file(path)["latents"]))
     return torch.from_numpy(pictures).permute(0, 3, 1, 2).contiguous()

@@ -12,43 +12,60 @@ from safetensors.torch import load_file, save_file
 
 from genprune.miniature import grader as grader_module
 
-from .assembly import assemble_pipeline, averaged_weights
+from .assembly import assemble_pipeline, averaged_weights, distilled_weights
 
-LIMIT = 20 * 2**20  # bytes of the whole folder
+LIMIT = 20 * 2**20  # bytes of one miniature
+FOLDERS = {"unet": "pipeline", "mmdit": "pipeline_mmdit"}
+STUDENT = "transformer_4_step"
 
 
 def export(arguments: argparse.Namespace) -> Path:
-    """Write `pipeline/`, the grader's weights and a short training log into `--export_dir`, replacing older ones.
+    """Write the pipeline of `--arch`, the grader's weights and a short training log into `--export_dir`.
+
+    Older ones are replaced. A 4-step student is written beside its teacher, where there is one.
 
     Raises:
         FileNotFoundError: the autoencoder or the denoiser has not been trained.
-        ValueError: the folder would be larger than the 20 MiB that may be embedded.
+        ValueError: no folder for this architecture, or it would be larger than the 20 MiB that may be embedded.
     """
+    if arguments.arch not in FOLDERS:
+        raise ValueError(f"--arch {arguments.arch} is not embedded; expected one of {', '.join(FOLDERS)}")
     target = arguments.export_dir or Path(grader_module.__file__).parent
     target.mkdir(parents=True, exist_ok=True)
     pipeline = assemble_pipeline(arguments.output_dir, arguments.arch, arguments.denoiser_weights)
-    pipeline = pipeline.to(torch.float16)
-    folder, written = target / "pipeline", target / ".pipeline-writing"
-    shutil.rmtree(written, ignore_errors=True)
-    pipeline.save_pretrained(written, max_shard_size="7MB")
-    # transformers 5 writes tokenizer.json alone; version 4's CLIPTokenizer reads these two
-    for name in ("vocab.json", "merges.txt"):
-        shutil.copy(arguments.output_dir / arguments.arch / "tokenizer" / name, written / "tokenizer")
-    # where no type is asked for, transformers loads in the recorded one and diffusers in float32; a half text encoder
-    # in front of a float32 denoiser would crash, so the record says float32 (the file stays float16)
-    config = written / "text_encoder" / "config.json"
-    config.write_text(json.dumps({**json.loads(config.read_text()), "dtype": "float32"}, indent=2) + "\n")
-    _name_text_weights_as_the_hub_does(written / "text_encoder" / "model.safetensors")
-    shutil.rmtree(folder, ignore_errors=True)
-    written.rename(folder)
+    tokenizer = arguments.output_dir / arguments.arch / "tokenizer"
+    folder = write_pipeline(pipeline.to(torch.float16), target / FOLDERS[arguments.arch], tokenizer)
+    if any((arguments.output_dir / f"{arguments.arch}_4_step").glob("checkpoint-*[0-9]")):
+        student = distilled_weights(arguments.output_dir, arguments.arch)
+        pipeline = assemble_pipeline(arguments.output_dir, arguments.arch, arguments.denoiser_weights, student)
+        shutil.rmtree(target / STUDENT, ignore_errors=True)
+        pipeline.transformer.half().save_pretrained(target / STUDENT, max_shard_size="7MB")
     if any((arguments.output_dir / "grader").glob("checkpoint-*[0-9]")):
         weights = load_file(averaged_weights(arguments.output_dir / "grader"))
         halves = {name.removeprefix("grader."): tensor.half() for name, tensor in weights.items()}
         save_file(halves, target / grader_module.WEIGHTS)
     write_log(arguments.output_dir, target / "training_log.jsonl")
-    size = sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
+    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     if size > LIMIT:
-        raise ValueError(f"{target} holds {size / 2**20:.1f} MiB, but at most 20 may be embedded; narrow a model")
+        raise ValueError(f"{folder} holds {size / 2**20:.1f} MiB, but at most 20 may be embedded; narrow a model")
+    return folder
+
+
+def write_pipeline(pipeline, folder: Path, tokenizer: Path) -> Path:
+    """Save a float16 pipeline whole, readable by transformers 4 and 5; `tokenizer` holds its vocabulary files."""
+    written = folder.with_name(f".{folder.name}-writing")
+    shutil.rmtree(written, ignore_errors=True)
+    pipeline.save_pretrained(written, max_shard_size="7MB")
+    # transformers 5 writes tokenizer.json alone; version 4's CLIPTokenizer reads these two
+    for name in ("vocab.json", "merges.txt"):
+        shutil.copy(tokenizer / name, written / "tokenizer")
+    # where no type is asked for, transformers loads in the recorded one and diffusers in float32; a half text encoder
+    # in front of a float32 denoiser would crash, so the record says float32 (the file stays float16)
+    for config in written.glob("text_encoder*/config.json"):
+        config.write_text(json.dumps({**json.loads(config.read_text()), "dtype": "float32"}, indent=2) + "\n")
+    _name_text_weights_as_the_hub_does(written / "text_encoder" / "model.safetensors")
+    shutil.rmtree(folder, ignore_errors=True)
+    written.rename(folder)
     return folder
 
 

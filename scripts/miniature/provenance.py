@@ -36,7 +36,7 @@ def describe_data(scenes: list[grammar.Scene]) -> dict:
 def describe_training(output: Path, arch: str) -> dict:
     """Steps, pictures, hours and parameters of every trained stage."""
     stages = {}
-    for folder in (output / name for name in ("vae", "decoder", arch, "unet_half", "grader")):
+    for folder in (output / name for name in ("vae", "decoder", arch, f"{arch}_half", f"{arch}_4_step", "grader")):
         logs = folder / "log.jsonl"
         if not logs.is_file():
             continue

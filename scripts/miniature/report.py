@@ -1,27 +1,27 @@
-"""The tables of `docs/miniature.md`, generated from `docs/results/miniature.json`."""
+"""The tables of `docs/miniature.md`, generated from `docs/results/miniature*.json`."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 
-BEGIN, END = "<!-- begin: generated from docs/results/miniature.json -->", "<!-- end: generated -->"
+BEGIN, END = "<!-- begin: generated from docs/results/{name}.json -->", "<!-- end: generated -->"
 COLUMNS = ("object", "other", "count", "position", "size", "background", "texture", "all")
 
 
-def write_report(docs: Path) -> None:
-    """Replace what stands between the two markers of `docs/miniature.md` by tables of the result's figures.
+def write_report(docs: Path, name: str) -> None:
+    """Replace what stands between a result's two markers in `docs/miniature.md` by tables of its figures.
 
     Raises:
         ValueError: the page has no markers.
     """
-    result = json.loads((docs / "results" / "miniature.json").read_text())
-    page = docs / "miniature.md"
+    result = json.loads((docs / "results" / f"{name}.json").read_text())
+    page, begin = docs / "miniature.md", BEGIN.format(name=name)
     text = page.read_text()
-    if BEGIN not in text or END not in text:
-        raise ValueError(f"{page} lacks the lines {BEGIN!r} and {END!r}; put them where the tables belong")
-    head, rest = text.split(BEGIN, 1)
-    page.write_text(head + BEGIN + "\n\n" + tables(result) + "\n" + END + rest.split(END, 1)[1])
+    if begin not in text or END not in text.split(begin, 1)[1]:
+        raise ValueError(f"{page} lacks the lines {begin!r} and {END!r}; put them where the tables belong")
+    head, rest = text.split(begin, 1)
+    page.write_text(head + begin + "\n\n" + tables(result) + "\n" + END + rest.split(END, 1)[1])
 
 
 def tables(result: dict) -> str:
@@ -32,7 +32,8 @@ def tables(result: dict) -> str:
 def scores(result: dict) -> str:
     n, sampler = result["sampler"]["n"], result["sampler"]
     lines = [
-        f"**What {n} test captions became** ({sampler['steps']} DDIM steps, guidance {sampler['guidance_scale']}; "
+        f"**What {n} test captions became** ({sampler['scheduler']}, {sampler['steps']} steps, guidance "
+        f"{sampler['guidance_scale']}; "
         "percent of the pictures whose caption says it; *all* = everything said is right):",
         "",
         "| pictures | " + " | ".join(COLUMNS) + " | KID | FD |",
@@ -60,7 +61,7 @@ def scores(result: dict) -> str:
 def ladder(result: dict) -> str:
     lines = [
         "**The ladder of the training itself** (averaged weights; every metric has to put it in order; test loss = "
-        "squared v-prediction error on real test scenes):",
+        "squared error of what the denoiser predicts, on real test scenes):",
         "",
         "| step | pictures seen | object | all | KID | FD | test loss |",
         "|---:|---:|---:|---:|---:|---:|---:|",

@@ -93,18 +93,20 @@ def test_training_log_keeps_the_last_record_of_a_repeated_step(tmp_path: Path):
     assert kept == [{"stage": "vae", **records[0]}, {"stage": "vae", **records[2]}]
 
 
-@pytest.mark.skipif(not (DOCS / "results" / "miniature.json").is_file(), reason="no result in this checkout")
-def test_the_page_shows_the_committed_figures(tmp_path: Path):
+@pytest.mark.parametrize("name", ["miniature", "miniature_mmdit"])
+def test_the_page_shows_the_committed_figures(tmp_path: Path, name: str):
+    if not (DOCS / "results" / f"{name}.json").is_file():
+        pytest.skip("no result in this checkout")
     (tmp_path / "results").mkdir()
-    (tmp_path / "results" / "miniature.json").write_text((DOCS / "results" / "miniature.json").read_text())
-    page = (DOCS / "miniature.md").read_text()
-    emptied = page.split(BEGIN)[0] + BEGIN + END + page.split(END)[1]
-    (tmp_path / "miniature.md").write_text(emptied)
-    write_report(tmp_path)
+    (tmp_path / "results" / f"{name}.json").write_text((DOCS / "results" / f"{name}.json").read_text())
+    page, begin = (DOCS / "miniature.md").read_text(), BEGIN.format(name=name)
+    before, after = page.split(begin)
+    (tmp_path / "miniature.md").write_text(before + begin + END + after.split(END, 1)[1])
+    write_report(tmp_path, name)
     assert (tmp_path / "miniature.md").read_text() == page
     (tmp_path / "miniature.md").write_text("no markers")
     with pytest.raises(ValueError, match="put them where the tables belong"):
-        write_report(tmp_path)
+        write_report(tmp_path, name)
 
 
 @pytest.mark.skipif(

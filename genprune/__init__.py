@@ -42,14 +42,16 @@ _LAZY = {
     "adapt_lora": "genprune.lora",
     "count_costs": "genprune.costs",
     "Costs": "genprune.costs",
+    "compensate": "genprune.recovery",
     "make_plan": "genprune.planning",
     "score": "genprune.planning",
     "Magnitude": "genprune.methods",
+    "OBS": "genprune.methods",
     "Random": "genprune.methods",
     "Taylor": "genprune.methods",
     "load_pipeline": "genprune.pipelines",
 }
-_SUBPACKAGES = ("bench", "metrics", "miniature", "pipelines", "routers")
+_SUBPACKAGES = ("bench", "metrics", "miniature", "pipelines", "recovery", "routers")
 
 __all__ = [
     "BadCalibrationData",

@@ -6,8 +6,7 @@ import copy
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,6 +21,7 @@ from genprune.families import OperatingPoint, denoiser, family_of, find_sites
 from genprune.methods import Method
 from genprune.plan import PruningPlan
 from genprune.scores import Scores
+from genprune.untouched import untouched
 
 
 def score(
@@ -49,7 +49,7 @@ def score(
         progress: show a progress bar.
 
     Returns:
-        `Scores` of all kinds of sites, or of `method.kinds` where the method names some.
+        `Scores` of all kinds of sites that the method has a rule for, or of `method.kinds` where it names some.
 
     Raises:
         UnsupportedModel: no family knows the model. BadCalibrationData: prompts or data are missing, empty or of the
@@ -63,7 +63,8 @@ def score(
         method = method.changed(seed=seed)
     model = denoiser(target)
     sites = find_sites(model)
-    chosen = sites.of_kind(*method.kinds) if method.kinds else sites
+    kinds = method.kinds or tuple(kind for kind in sites.kinds() if kind in method.scored_kinds)
+    chosen = sites.of_kind(*kinds)
     if method.protect:
         sites.match(*method.protect)  # a pattern that matches nothing is refused before any work
     point = _point(model, operating_point)
@@ -160,19 +161,3 @@ def _image_size(target, point: OperatingPoint) -> dict[str, int]:
     """Height and width in image pixels that give a pipeline's denoiser its operating point."""
     factor = getattr(target, "vae_scale_factor", None)
     return {} if factor is None else {"height": point.height * factor, "width": point.width * factor}
-
-
-@contextmanager
-def untouched(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode with frozen parameters inside; modes and `requires_grad` as they were afterwards."""
-    modes = {module: module.training for module in model.modules()}
-    frozen = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    try:
-        model.eval()
-        model.requires_grad_(False)
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-        for parameter, flag in frozen:
-            parameter.requires_grad_(flag)

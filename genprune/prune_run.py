@@ -72,7 +72,7 @@ def read_prompts(file: Path | None, source: ModelSource, method: Method) -> list
     Raises:
         BadCalibrationData: the method needs prompts and there are none, or no pipeline to use them.
     """
-    scores_on_data = "gradients" in method.criterion().needs
+    scores_on_data = bool({"gradients", "activations"} & set(method.criterion().needs))
     if scores_on_data and source.kind != "pipeline":
         raise BadCalibrationData(
             f"--method {method.name} scores on data, and '{source.name}' is a model without a pipeline that turns "

@@ -30,6 +30,7 @@ FLOORS = (
         "lora",
         "lora_names",
         "ip_adapters",
+        "untouched",
     ),
     ("denoising", "metrics"),
     ("criteria", "masks", "allocation", "schedules", "recovery", "tokens", "scores"),

@@ -1,7 +1,8 @@
 """Criteria: one file each. A criterion gives every unit of every site a score, higher = keep.
 
 Each is a small frozen dataclass, registered here by name, with
-- `needs`: what it reads, a subset of `weights`, `gradients` (calibration data and a backward pass);
+- `needs`: what it reads, a subset of `weights`, `gradients` (calibration data and a backward pass) and
+  `activations` (calibration data);
 - `additive`: whether scores of units add up, so that an allocation ranks them per cost; otherwise they are ranks;
 - `scores(model, sites, calibration)`: site name -> float tensor of shape `(size,)`.
 """
@@ -35,6 +36,7 @@ _CRITERIA = {
     "random": ("random", "RandomScores"),
     "magnitude": ("magnitude", "MagnitudeScores"),
     "taylor": ("taylor", "TaylorScores"),
+    "obs": ("obs", "OBSScores"),
 }
 
 

@@ -58,13 +58,16 @@ def expected_share(
     return whole - sum(removed(name) for name in roots)
 
 
+_FASTEST = 0.2  # largest change of log(price) in one step
+
+
 @dataclass
 class BudgetController:
     """A Lagrange multiplier (the price of the whole model's cost) that follows a falling target.
 
-    The target goes linearly from `whole` to `keep` over the first `anneal` of the steps. Each step multiplies the
-    price by `exp(gain * miss + damping * change of the miss)`, so that it needs no scale: it starts where the penalty's
-    gradient equals the loss's on the median unit.
+    The target goes linearly from `whole` to `keep` over the first `anneal` of the steps. Each step multiplies
+    the price by `exp(gain * miss + damping * change of the miss)`, so that it needs no scale: it starts where the
+    gradient of the penalty equals that of the loss on the median unit.
 
     Args:
         keep: share of the dense denoiser that is to stay.
@@ -105,5 +108,7 @@ class BudgetController:
     def update(self, step: int, share: float) -> None:
         """Take note of the expected share after optimiser step `step`, and move the price."""
         miss = share - self.target(step)
-        self.price *= math.exp(max(-1.0, min(1.0, self.gain * miss + self.damping * (miss - self.miss))))
+        move = self.gain * miss + self.damping * (miss - self.miss)
+        # Logits need some steps to answer a price; a faster rise would overshoot before they do.
+        self.price *= math.exp(max(-_FASTEST, min(_FASTEST, move)))
         self.miss = miss

@@ -21,6 +21,7 @@ from genprune.files import whole_folder
 from genprune.masks.budget import BudgetController
 from genprune.masks.logits import MaskLogits
 
+FORMAT_VERSION = 1
 TENSORS, STATE = "training.safetensors", "state.json"
 _MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 
@@ -61,7 +62,7 @@ def save_checkpoint(
             if moment in optimizer.state[parameter]:
                 tensors[f"{moment}/{name}"] = optimizer.state[parameter][moment].detach().cpu().clone()
     state = {
-        "format_version": 1,
+        "format_version": FORMAT_VERSION,
         "settings": dict(settings),
         "controller": asdict(controller),
         **{name: value for name, value in vars(progress).items() if name != "best"},
@@ -90,34 +91,42 @@ def load_checkpoint(
     """Put a checkpoint into logits, optimizer and controller, in place.
 
     Raises:
-        PlanMismatch: it cannot be read, is of other sites, or was made with other settings.
+        PlanMismatch: it cannot be read, is of a newer format or other sites, or was made with other settings.
     """
     try:
         state, tensors = json.loads((path / STATE).read_text()), load_file(path / TENSORS)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise PlanMismatch(f"'{path}' is no checkpoint of a mask training ({error}). Resume from another.") from None
+        version, before = int(state["format_version"]), dict(state["settings"])
+        fields = {name: state[name] for name in ("step", "curve", "best_loss", "best_step", "worse")}
+        steered = {name: state["controller"][name] for name in asdict(controller)}
+    except (OSError, TypeError, ValueError, KeyError, SafetensorError) as error:
+        raise PlanMismatch(
+            f"'{path}' is no checkpoint of a mask training ({error}); expected a folder with {STATE} and {TENSORS}. "
+            "Delete it to resume from the one before."
+        ) from None
+    if version > FORMAT_VERSION:
+        raise PlanMismatch(
+            f"'{path}' has format {version}, this genprune reads up to {FORMAT_VERSION}. Upgrade with "
+            "`pip install -U genprune`."
+        )
     # compared as JSON has it, in which tuples are lists
     now = json.loads(json.dumps(dict(settings)))
-    if changed := sorted(name for name in {*now, *state["settings"]} if now.get(name) != state["settings"].get(name)):
+    if changed := sorted(name for name in {*now, *before} if now.get(name) != before.get(name)):
         name = changed[0]
         raise PlanMismatch(
-            f"'{path}' was made with {name}={state['settings'].get(name)!r}, this run has {now.get(name)!r}. Resume "
-            "with the same settings, or start anew in another folder."
+            f"'{path}' was made with {name}={before.get(name)!r}, this run has {now.get(name)!r}. Resume with the "
+            "same settings, or start anew in another folder."
         )
     groups: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         group, name = key.split("/", 1)
         groups.setdefault(group, {})[name] = tensor
-    logits.copy_(groups["logits"])
+    logits.copy_(groups.get("logits", {}))
     for moment in _MOMENTS:
         for name, tensor in groups.get(moment, {}).items():
             parameter = logits[name]
             # AdamW keeps its step count on the CPU
             device = "cpu" if moment == "step" else parameter.device
             optimizer.state[parameter][moment] = tensor.to(device)
-    for name, value in state["controller"].items():
+    for name, value in steered.items():
         setattr(controller, name, value)
-    return Progress(
-        best=groups.get("best", {}),
-        **{name: state[name] for name in ("step", "curve", "best_loss", "best_step", "worse")},
-    )
+    return Progress(best=groups.get("best", {}), **fields)

@@ -58,18 +58,15 @@ class HardConcrete:
     def probability(self, logits: Tensor, level: float = 0.0) -> Tensor:
         """`P(M > level)`, exact, damped noise included; `level` 0 is the expected L0 norm of one gate.
 
-        With `c = ((level - g) / (z - level))^a e^-l` it is `1 - clip((c (1 + d) - d) / (1 + c), 0, 1)`. Flat where the
-        bounded noise cannot reach the level; `smooth_probability` is not.
+        With `p` the `smooth_probability` it is `clip((1 + 2 d) p - d, 0, 1)`. Flat where the bounded noise cannot
+        reach the level; `smooth_probability` is not.
         """
-        c = self._odds(level) * torch.exp(-logits)
-        return 1 - ((c * (1 + self.damping) - self.damping) / (1 + c)).clamp(0, 1)
+        smooth = self.smooth_probability(logits, level)
+        return ((1 + 2 * self.damping) * smooth - self.damping).clamp(0, 1)
 
     def smooth_probability(self, logits: Tensor, level: float = 0.0) -> Tensor:
         """`probability` in the limit of undamped noise: `sigmoid(l - a log(-g / z))` for level 0; nowhere flat."""
-        return torch.sigmoid(logits - math.log(self._odds(level)))
-
-    def _odds(self, level: float) -> float:
-        return ((level - self.low) / (self.high - level)) ** self.temperature
+        return torch.sigmoid(logits - self.temperature * math.log((level - self.low) / (self.high - level)))
 
     def _stretched(self, s: Tensor) -> Tensor:
         return (s * (self.high - self.low) + self.low).clamp(0, 1)

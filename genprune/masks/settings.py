@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -25,7 +26,7 @@ class MaskTraining:
         learning_rate: of AdamW on the logits, in logits per step.
         learning_rates: (kind, learning rate) pairs that replace it for kinds of sites.
         weight_decay: of the logits; 0, because decay pulls negative logits back up.
-        init: every logit at the start.
+        init: every logit at the start. At or above the dead zone of `HardConcrete` only the penalty moves logits.
         temperature, damping: of the hard concrete, see `HardConcrete`.
         penalty: `smooth_l0`, `expected_l0`, or the published `absolute` and `flat_sigmoid`; weighted by unit costs.
         anneal: share of the steps over which the expected cost is brought down to the budget, in (0, 1].
@@ -48,7 +49,7 @@ class MaskTraining:
     learning_rate: float = 0.1
     learning_rates: tuple[tuple[str, float], ...] = ()
     weight_decay: float = 0.0
-    init: float = 3.0
+    init: float = 2.0
     temperature: float = 0.83
     damping: float = 0.5
     penalty: str = "smooth_l0"
@@ -82,11 +83,16 @@ class MaskTraining:
             if not optional and (isinstance(value, bool) or not isinstance(value, int) or value < least):
                 raise GenpruneError(f"{name}={value!r}; expected a whole number of at least {least}.")
         for name, value in {"learning_rate": self.learning_rate, **self.rates()}.items():
-            if not isinstance(value, (int, float)) or not value > 0:
+            if not _is_number(value) or not value > 0:
                 raise GenpruneError(f"the learning rate {name} is {value!r}; expected a number above 0, such as 0.1.")
         for kind in self.rates():
             if kind not in KINDS:
                 raise GenpruneError(f"learning_rates names '{kind}'{nearest(kind, KINDS)}; expected kinds of {KINDS}.")
+        for name in ("init", "weight_decay", "anneal", "temperature", "damping"):
+            if not _is_number(getattr(self, name)):
+                raise GenpruneError(f"{name}={getattr(self, name)!r}; expected a finite number.")
+        if self.weight_decay < 0:
+            raise GenpruneError(f"weight_decay={self.weight_decay!r}; expected a number of at least 0. Pass 0.")
         if not 0 < self.anneal <= 1:
             raise GenpruneError(f"anneal={self.anneal!r}; expected a share of the steps in (0, 1].")
         for name, value, known in (("loss", self.loss, LOSSES), ("objective", self.objective, OBJECTIVES)):
@@ -94,10 +100,13 @@ class MaskTraining:
                 raise GenpruneError(
                     f"{name}={value!r}{nearest(str(value), known)}; expected one of {', '.join(known)}."
                 )
-        if isinstance(self.guidance_scale, tuple):
-            if len(self.guidance_scale) != 2 or not 0 <= self.guidance_scale[0] <= self.guidance_scale[1]:
+        guidance = self.guidance_scale
+        if guidance is not None:
+            ends = guidance if isinstance(guidance, tuple) else (guidance, guidance)
+            if len(ends) != 2 or not all(map(_is_number, ends)) or not 0 <= ends[0] <= ends[1]:
                 raise GenpruneError(
-                    f"guidance_scale={self.guidance_scale}; expected (low, high) with 0 <= low <= high."
+                    f"guidance_scale={guidance!r}; expected a number of at least 0, or (low, high) with 0 <= low <= "
+                    "high."
                 )
         check_penalty(self.penalty)
         self.relaxation  # noqa: B018  checks its own ranges
@@ -111,7 +120,16 @@ class MaskTraining:
         return HardConcrete(self.temperature, self.damping)
 
 
+def _is_number(value) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
 def as_pairs(rates: Mapping[str, float] | tuple) -> tuple[tuple[str, float], ...]:
-    """Learning rates by kind as sorted pairs, from a dictionary or pairs."""
-    items = rates.items() if isinstance(rates, Mapping) else rates
-    return tuple(sorted((str(kind), float(rate)) for kind, rate in items))
+    """Learning rates by kind as sorted pairs, from a dictionary or pairs. Raises `GenpruneError`."""
+    try:
+        items = rates.items() if isinstance(rates, Mapping) else rates
+        return tuple(sorted((str(kind), float(rate)) for kind, rate in items))
+    except (TypeError, ValueError):
+        raise GenpruneError(
+            f'learning_rates={rates!r}; expected pairs of a kind and a number, such as (("neurons", 0.1),).'
+        ) from None

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from genprune.errors import GenpruneError
+from genprune.errors import BudgetUnreachable, GenpruneError
 from genprune.families import denoiser
 from genprune.masks.batches import PromptBatches
 from genprune.masks.budget import BudgetController, expected_share
@@ -87,26 +87,34 @@ def train_masks(
 
     Args:
         output_dir: gets `checkpoint-*`, `logits.safetensors` and `curve.json`; None: nothing is written.
-        resume: go on from the newest checkpoint there, to the bit as without the interruption.
+        resume: go on from the newest checkpoint there, to the bit as without the interruption; from the start where
+            there is none yet.
         checkpointing_steps: optimiser steps between checkpoints.
 
     Raises:
-        GenpruneError: loss or logits are not finite; the last checkpoint stays. PlanMismatch: a checkpoint of another
-        training. BadCalibrationData: no prompts.
+        GenpruneError: loss or logits are not finite; the last checkpoint stays. Or `output_dir` has checkpoints, and
+        `resume` is False. PlanMismatch: a checkpoint of another training. BadCalibrationData: no prompts.
     """
     settings.check()
     run = _Run(problem, settings, seed)
     state = Progress()
-    if resume and output_dir is not None and (found := checkpoints(output_dir)):
+    found = checkpoints(output_dir) if output_dir is not None else []
+    if found and not resume:
+        raise GenpruneError(
+            f"'{output_dir}' has checkpoints of an earlier training ({found[-1].name}); expected none. Pass "
+            "resume=True to go on from it, or another output_dir."
+        )
+    if found:
         state = load_checkpoint(found[-1], run.logits, run.optimizer, run.controller, run.described)
         logger.info("going on from %s", found[-1])
+    left = range(state.step, state.step if run.stops(state) else settings.train_steps)
     with run.gates:
-        for step in _bar(range(state.step, settings.train_steps), state, progress and run.rank == 0):
+        for step in _bar(left, state, progress and run.rank == 0):
             state.curve.append({"step": step + 1, **run.step(step)})
             state.step = step + 1
             if run.look_due(state.step):
                 run.look(state)
-            stop = settings.patience is not None and state.worse >= settings.patience
+            stop = run.stops(state)
             last = stop or state.step == settings.train_steps
             if output_dir is not None and run.rank == 0 and (last or state.step % checkpointing_steps == 0):
                 save_checkpoint(output_dir, run.logits, run.optimizer, run.controller, state, run.described)
@@ -162,7 +170,7 @@ class _Run:
         )
         options = {"num_inference_steps": settings.denoising_steps, **problem.options}
         self.dense = DenseLatents(problem.pipe, options)
-        self.looker = PlanLook(problem, self.dense, held, seed, settings.loss) if held else None
+        self.looker = PlanLook(problem, self.dense, settings, held, seed) if held else None
         self.loss = OBJECTIVES[settings.objective]
         self.described = {
             **asdict(settings),
@@ -227,9 +235,17 @@ class _Run:
         every = self.settings.validate_every
         return self.looker is not None and (done % every == 0 or done == self.settings.train_steps)
 
+    def stops(self, state: Progress) -> bool:
+        """Whether the last looks were all without a better one."""
+        return self.settings.patience is not None and state.worse >= self.settings.patience
+
     def look(self, state: Progress) -> None:
         """Compare the plan that would come out now with the dense pipeline; remember the best."""
-        loss = self.looker.loss(self.logits.detached(), self.gates)
+        try:
+            loss = self.looker.loss(self.logits.detached(), self.gates)
+        except BudgetUnreachable as error:  # coarse units: this ranking meets the budget nowhere, a later one may
+            logger.warning("no look after step %d: %s", state.step, error)
+            return
         state.curve[-1]["validation_loss"] = loss
         if state.best_loss is None or loss < state.best_loss:
             state.best, state.best_loss, state.best_step = self.logits.detached(), loss, state.step

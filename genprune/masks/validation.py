@@ -11,6 +11,7 @@ from torch import Tensor
 from genprune.denoising.trajectory import draw_latents
 from genprune.masks.batches import TrajectoryBatch
 from genprune.masks.objectives import DenseLatents, arguments, row_losses
+from genprune.masks.settings import MaskTraining
 
 if TYPE_CHECKING:
     from genprune.masks.step_gates import LearnedGates
@@ -20,16 +21,23 @@ if TYPE_CHECKING:
 class PlanLook:
     """Validation prompts with noise of their own, and the dense pipeline's latents for them.
 
+    Guidance is that of the training, the middle of its range.
+
     Args:
         count: prompts, from the end of the list; images of an unconditional pipeline.
     """
 
-    def __init__(self, problem: MaskProblem, dense: DenseLatents, count: int, seed: int, loss: str) -> None:
-        self.problem, self.dense, self.loss_name = problem, dense, loss
+    def __init__(
+        self, problem: MaskProblem, dense: DenseLatents, settings: MaskTraining, count: int, seed: int
+    ) -> None:
+        self.problem, self.dense, self.loss_name = problem, dense, settings.loss
         prompts = problem.prompts[-count:] if problem.prompts is not None else None
         rows = count if prompts is None else len(prompts)
         seeds = tuple(2**31 + seed * 1_000_003 + row for row in range(rows))
-        self.batch = TrajectoryBatch(prompts, seeds, rows, key=("validation",))
+        guidance = settings.guidance_scale
+        if isinstance(guidance, tuple):
+            guidance = sum(guidance) / 2
+        self.batch = TrajectoryBatch(prompts, seeds, rows, guidance, key=("validation",))
 
     @torch.no_grad()
     def loss(self, logits: Mapping[str, Tensor], gates: LearnedGates) -> float:

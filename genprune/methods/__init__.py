@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from genprune.methods.base import FORMAT_VERSION, Method
+from genprune.methods.obs import OBS
 from genprune.methods.registry import MethodCard, method_from_json, method_named, methods
 from genprune.methods.simple import Magnitude, Random
 from genprune.methods.taylor import Taylor
 
 __all__ = [
     "FORMAT_VERSION",
+    "OBS",
     "Magnitude",
     "Method",
     "MethodCard",

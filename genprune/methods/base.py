@@ -10,7 +10,8 @@ from typing import Any, ClassVar
 from genprune.allocation import ALLOCATIONS
 from genprune.allocation.request import check_budget, check_kinds
 from genprune.criteria import criterion_named
-from genprune.errors import GenpruneError, nearest
+from genprune.errors import GenpruneError, NoMatchingSites, nearest
+from genprune.sites import KINDS
 
 FORMAT_VERSION = 1
 
@@ -43,6 +44,7 @@ class Method:
     seed: int = 0
 
     name: ClassVar[str] = ""
+    scored_kinds: ClassVar[tuple[str, ...]] = KINDS  # those that its criterion has a rule for
 
     def __post_init__(self) -> None:
         for field in ("kinds", "protect"):
@@ -52,6 +54,7 @@ class Method:
         check_budget(self.keep, self.of)
         if self.kinds is not None:
             check_kinds(self.kinds)
+            self._check_scored()
         if self.allocation not in ALLOCATIONS:
             raise GenpruneError(
                 f"allocation={self.allocation!r}{nearest(str(self.allocation), ALLOCATIONS)}; expected one of "
@@ -62,6 +65,14 @@ class Method:
         check_whole("seed", self.seed, 0)
         if self.max_width_classes is not None:
             check_whole("max_width_classes", self.max_width_classes, 1)
+
+    def _check_scored(self) -> None:
+        """Raises `NoMatchingSites` for kinds that the method has no rule for."""
+        if unscored := [kind for kind in self.kinds if kind not in self.scored_kinds]:
+            raise NoMatchingSites(
+                f"{type(self).__name__} has no score for sites of kind '{unscored[0]}'; expected some of "
+                f"{', '.join(self.scored_kinds)}. Leave it out of kinds, or score it with gp.Taylor."
+            )
 
     def criterion(self):
         """The criterion that scores for this method."""

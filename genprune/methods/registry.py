@@ -10,10 +10,11 @@ from typing import Any
 from genprune.criteria import criterion_named
 from genprune.errors import GenpruneError, nearest
 from genprune.methods.base import FORMAT_VERSION, Method
+from genprune.methods.obs import OBS
 from genprune.methods.simple import Magnitude, Random
 from genprune.methods.taylor import Taylor
 
-_METHODS: dict[str, type[Method]] = {cls.name: cls for cls in (Random, Magnitude, Taylor)}
+_METHODS: dict[str, type[Method]] = {cls.name: cls for cls in (Random, Magnitude, Taylor, OBS)}
 
 
 @dataclass(frozen=True)

@@ -114,10 +114,10 @@ def test_scores_that_are_not_finite_are_refused():
 
 
 def test_every_criterion_says_what_it_needs():
-    assert set(criteria()) == {"random", "magnitude", "taylor"}
+    assert {"random", "magnitude", "taylor", "obs"} <= set(criteria())
     for name in criteria():
         criterion = criterion_named(name)
         assert criterion.name == name and criterion.summary and isinstance(criterion.additive, bool)
-        assert set(criterion.needs) <= {"weights", "gradients"}
+        assert set(criterion.needs) <= {"weights", "gradients", "activations"}
     with pytest.raises(GenpruneError, match="no criterion 'tailor', nearest name: 'taylor'; expected one of random"):
         criterion_named("tailor")

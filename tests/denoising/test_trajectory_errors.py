@@ -113,7 +113,7 @@ def test_logits_that_change_before_backward_are_caught(sd):
         loss = drawn(sd, CASES["ddim"], gates=gates).square().mean()
         with torch.no_grad():
             gates.logits[0].add_(1)
-        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        with pytest.raises(GenpruneError, match=r"changed in place .* Call backward\(\) before optimizer.step\(\)"):
             loss.backward()
 
 

@@ -49,6 +49,7 @@ _LAZY = {
     "OBS": "genprune.methods",
     "Random": "genprune.methods",
     "Taylor": "genprune.methods",
+    "EcoDiff": "genprune.methods",
     "load_pipeline": "genprune.pipelines",
 }
 _SUBPACKAGES = ("bench", "metrics", "miniature", "pipelines", "recovery", "routers")

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import hashlib
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -14,11 +15,11 @@ from torch import nn
 
 from genprune.costs import dense_costs, site_costs
 from genprune.costs import operating_point as operating_point_of
-from genprune.criteria import checked_scores
 from genprune.cutting import cut, plan_base, pruned_widths
 from genprune.errors import GenpruneError
 from genprune.families import OperatingPoint, denoiser, family_of, find_sites
 from genprune.methods import Method
+from genprune.methods.base import ScoringContext, check_whole
 from genprune.plan import PruningPlan
 from genprune.scores import Scores
 from genprune.untouched import untouched
@@ -28,10 +29,14 @@ def score(
     target,
     method: Method,
     *,
-    prompts: Sequence[str] | None = None,
+    prompts: Sequence | None = None,
     data: Any = None,
     loss_fn: Callable[..., torch.Tensor] | None = None,
     operating_point: OperatingPoint | Mapping[str, int] | None = None,
+    pipeline_options: Mapping[str, Any] | None = None,
+    output_dir: str | os.PathLike | None = None,
+    resume: bool = False,
+    checkpointing_steps: int = 25,
     seed: int | None = None,
     progress: bool = True,
 ) -> Scores:
@@ -40,11 +45,15 @@ def score(
     Args:
         target: a diffusers pipeline, or a supported model.
         method: which method, and the default budget and constraints of `Scores.plan`.
-        prompts: calibration prompts, for methods that need gradients on a text-to-image pipeline.
+        prompts: calibration prompts of a text-to-image pipeline; class labels of a class-conditional one.
         data: what else to calibrate on; see `Taylor`.
         loss_fn: `loss_fn(model, batch) -> scalar`, for a bare model with a loss of its own.
         operating_point: where MACs are counted, whole or some fields, and the size of the pictures that a pipeline
             draws to calibrate on. Default: the family's, and the pipeline's default size.
+        pipeline_options: keyword arguments of the pipeline's call while it calibrates, such as `max_sequence_length`.
+        output_dir: where a method that trains keeps its checkpoints, logits and curve.
+        resume: go on from the newest checkpoint in `output_dir`.
+        checkpointing_steps: optimiser steps between two checkpoints, >= 1.
         seed: replaces `method.seed`.
         progress: show a progress bar.
 
@@ -59,6 +68,14 @@ def score(
         raise GenpruneError(
             f"method is {method!r}; expected one such as gp.Magnitude(keep=0.8). See genprune.methods.methods()."
         )
+    if (output_dir is not None or resume) and not method.trains:
+        raise GenpruneError(
+            f"output_dir and resume are for methods that train, and {type(method).__name__} does not; expected a "
+            "method such as gp.EcoDiff. Leave them out."
+        )
+    if resume and output_dir is None:
+        raise GenpruneError("resume=True without output_dir; expected the folder with the checkpoints. Pass it.")
+    check_whole("checkpointing_steps", checkpointing_steps, 1)
     if seed is not None:
         method = method.changed(seed=seed)
     model = denoiser(target)
@@ -68,39 +85,40 @@ def score(
     if method.protect:
         sites.match(*method.protect)  # a pattern that matches nothing is refused before any work
     point = _point(model, operating_point)
-    criterion = method.criterion()
-    with untouched(model):
-        size = _image_size(target, point) if operating_point else {}
-        calibration = method.calibration(target, prompts, data, loss_fn, size, progress)
-        values = checked_scores(criterion.scores(model, chosen, calibration), chosen, criterion.name)
-    made_by = {"method": method.name, "settings": method.to_json(), "seed": method.seed}
-    if prompts is not None:
-        text = json.dumps(list(prompts))
-        made_by |= {"prompts": len(prompts), "prompts_sha256": hashlib.sha256(text.encode()).hexdigest()}
     costs = site_costs(model, point, sites)
     # Budgets count against the dense model, also where an earlier cut made this one smaller.
     dense = dense_costs(model, **dataclasses.asdict(point)) if pruned_widths(model) else costs.total
+    size = _image_size(target, point) if operating_point else {}
+    context = ScoringContext(
+        target=target,
+        sites=chosen,
+        costs=costs,
+        dense=dense,
+        prompts=prompts,
+        data=data,
+        loss_fn=loss_fn,
+        options=size | dict(pipeline_options or {}),
+        output_dir=output_dir,
+        resume=resume,
+        checkpointing_steps=checkpointing_steps,
+        progress=progress,
+    )
+    with untouched(model):
+        values, notes = method.values(context)
+    made_by = {"method": method.name, "settings": method.to_json(), "seed": method.seed, **notes}
+    if prompts is not None:
+        text = json.dumps(list(prompts))
+        made_by |= {"prompts": len(prompts), "prompts_sha256": hashlib.sha256(text.encode()).hexdigest()}
     return Scores(values, method, plan_base(model), costs, dense, made_by)
 
 
-def make_plan(
-    target,
-    method: Method,
-    *,
-    prompts: Sequence[str] | None = None,
-    data: Any = None,
-    loss_fn: Callable[..., torch.Tensor] | None = None,
-    operating_point: OperatingPoint | Mapping[str, int] | None = None,
-    seed: int | None = None,
-    progress: bool = True,
-    measure_latency: bool = False,
-) -> PruningPlan:
+def make_plan(target, method: Method, *, measure_latency: bool = False, **scoring: Any) -> PruningPlan:
     """Decide what stays under the method's budget. The target is not changed; `gp.cut(target, plan)` does that.
 
     Args:
         measure_latency: also cut a copy, and time it in turns with the dense model on the device that the model is
             on. Needs memory for a second model.
-        The others: as in `score`.
+        scoring: prompts, data, operating_point, ...: all keyword arguments of `score`.
 
     Returns:
         A `PruningPlan` with params and MACs of dense and pruned, and with latency where it was measured.
@@ -108,17 +126,7 @@ def make_plan(
     Raises:
         BudgetUnreachable: with a table of what is reachable. Others: as in `score`.
     """
-    scores = score(
-        target,
-        method,
-        prompts=prompts,
-        data=data,
-        loss_fn=loss_fn,
-        operating_point=operating_point,
-        seed=seed,
-        progress=progress,
-    )
-    plan = scores.plan()
+    plan = score(target, method, **scoring).plan()
     return with_latency(denoiser(target), plan) if measure_latency else plan
 
 

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from genprune.allocation import Request, default_kinds, fit
 from genprune.costs import Costs, SiteCosts
-from genprune.criteria import criterion_named
 from genprune.errors import NoMatchingSites
 from genprune.plan import PlanBase, PruningPlan
 from genprune.sites import effective_keep
@@ -68,7 +67,7 @@ class Scores:
             max_width_classes=method.max_width_classes,
             protect=method.protect,
         )
-        additive = criterion_named(method.name).additive
+        additive = method.facts().additive
         fitted = fit(self.values, self.costs, self.dense, request, additive)
         budget = {"keep": method.keep, "of": method.of, "reached": fitted.reached}
         figures = {

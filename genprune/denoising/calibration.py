@@ -30,8 +30,7 @@ def calibration_batches(
     guidance_scale: float | None = None,
     batch_size: int = 4,
     seed: int = 0,
-    height: int | None = None,
-    width: int | None = None,
+    **options: Any,
 ) -> Iterator[Batch]:
     """Batches for a gradient criterion, one at a time, so that memory does not grow with their number.
 
@@ -47,7 +46,7 @@ def calibration_batches(
         steps, guidance_scale: of the runs that draw them.
         batch_size: rows a batch.
         seed: of images and noise; the same seed gives the same batches, whatever the batch size.
-        height, width: of the images that a pipeline draws, in pixels. Default: the pipeline's.
+        options: more of the pipeline's call, such as height and width.
 
     Yields:
         Batches with `rows`, `timestep` and `losses(model)`.
@@ -66,11 +65,10 @@ def calibration_batches(
             f"timestep {outside[0]} is outside the training range 0 ... {process.train_timesteps - 1}. Pass timesteps "
             "inside it, or how many to spread over it."
         )
-    options = {"seed": seed, "guidance_scale": guidance_scale, "batch_size": batch_size, "keep": lambda i: i == 0}
+    options |= {"seed": seed, "guidance_scale": guidance_scale, "batch_size": batch_size, "keep": lambda i: i == 0}
     clean = None
     if data is None:
-        size = {"height": height, "width": width}
-        runs = capture_runs(target, prompts, samples=samples, steps=steps, **size, **options)
+        runs = capture_runs(target, prompts, samples=samples, steps=steps, **options)
     else:
         clean, size = clean_latents(target, data)
         given = checked_prompts(target, prompts)
@@ -78,7 +76,7 @@ def calibration_batches(
             raise BadCalibrationData(
                 f"{len(given)} prompts for {len(clean)} latents or images; expected one prompt for each."
             )
-        runs = capture_runs(target, given, samples=len(clean), steps=1, **size, **options)
+        runs = capture_runs(target, given, samples=len(clean), steps=1, **options | size)
     for run in runs:
         start = run.latents if clean is None else packed(target, run, clean[run.first_sample :][: run.rows])
         for timestep in timesteps:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from genprune.errors import BadCalibrationData
+from genprune.errors import BadCalibrationData, GenpruneError, nearest
 from genprune.families import denoiser, denoiser_slot
 
 
@@ -109,11 +109,10 @@ def capture_runs(
     seed: int = 0,
     steps: int = 20,
     guidance_scale: float | None = None,
-    height: int | None = None,
-    width: int | None = None,
     batch_size: int = 4,
     keep: Callable[[int], bool] | None = None,
     device: str | torch.device = "cpu",
+    **options: Any,
 ) -> Iterator[Run]:
     """Run a stock pipeline over prompts and yield its final latents and the denoiser's calls, batch by batch.
 
@@ -124,16 +123,18 @@ def capture_runs(
         prompts: one per sample; repeated in order until there are `samples`. None for an unconditional pipeline.
         samples: images to draw. Default: one per prompt, 16 without prompts.
         seed: image `i` starts from a generator seeded with `seed + i`, whatever the batch size.
-        steps, guidance_scale, height, width: passed on; None leaves the pipeline's default.
+        steps, guidance_scale: passed on; None leaves the pipeline's default.
         batch_size: images a run, >= 1.
         keep: which denoiser calls of a run to record, by index from 0. Default: all.
         device: where recorded tensors go.
+        options: more of the pipeline's call, such as height and width. A negative prompt is one string for all.
 
     Yields:
         `Run`, in sample order.
 
     Raises:
-        BadCalibrationData: prompts are missing, empty or no strings.
+        BadCalibrationData: prompts are missing, empty or no strings. GenpruneError: an option that the pipeline does
+        not have.
     """
     if denoiser_slot(pipe) is None:
         raise BadCalibrationData(
@@ -143,7 +144,12 @@ def capture_runs(
     prompts = checked_prompts(pipe, prompts)
     samples = samples or (len(prompts) if prompts else 16)
     accepted = inspect.signature(type(pipe).__call__).parameters
-    options = {"num_inference_steps": steps, "guidance_scale": guidance_scale, "height": height, "width": width}
+    for name in options:
+        if name not in accepted:
+            raise GenpruneError(
+                f"{type(pipe).__name__} has no option '{name}'{nearest(name, accepted)}; expected one of its call's."
+            )
+    options |= {"num_inference_steps": steps, "guidance_scale": guidance_scale}
     options = {name: value for name, value in options.items() if value is not None and name in accepted}
     latent = "vae" in getattr(pipe, "components", {})
     for first in range(0, samples, batch_size):
@@ -156,10 +162,18 @@ def capture_runs(
             given["batch_size"] = rows
         quiet = quiet_copy(pipe)
         with CallRecorder(denoiser(pipe), keep, device) as recorder:
-            images = quiet(**given, **options).images
+            images = quiet(**given, **for_rows(options, rows)).images
         images = images.detach().to(device)
         latents = images if latent else images * 2 - 1
         yield Run(rows, latents, tuple(recorder.calls), quiet.scheduler.timesteps.detach().cpu(), first)
+
+
+def for_rows(options: Mapping[str, Any], rows: int) -> dict[str, Any]:
+    """Options of a pipeline's call, with a negative prompt that is one string repeated for each row."""
+    return {
+        name: [value] * rows if name.startswith("negative_prompt") and isinstance(value, str) else value
+        for name, value in options.items()
+    }
 
 
 def checked_prompts(pipe, prompts: Sequence[str] | None) -> list[str] | None:

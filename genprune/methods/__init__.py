@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from genprune.methods.base import FORMAT_VERSION, Method
+from genprune.methods.ecodiff import EcoDiff
 from genprune.methods.obs import OBS
 from genprune.methods.registry import MethodCard, method_from_json, method_named, methods
 from genprune.methods.simple import Magnitude, Random
@@ -11,6 +12,7 @@ from genprune.methods.taylor import Taylor
 __all__ = [
     "FORMAT_VERSION",
     "OBS",
+    "EcoDiff",
     "Magnitude",
     "Method",
     "MethodCard",

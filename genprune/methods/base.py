@@ -3,17 +3,48 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
+
+from torch import Tensor
 
 from genprune.allocation import ALLOCATIONS
 from genprune.allocation.request import check_budget, check_kinds
-from genprune.criteria import criterion_named
+from genprune.costs import Costs, SiteCosts
+from genprune.criteria import Criterion, checked_scores, criterion_named
 from genprune.errors import GenpruneError, NoMatchingSites, nearest
-from genprune.sites import KINDS
+from genprune.families import denoiser
+from genprune.sites import KINDS, Sites
 
 FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class ScoringContext:
+    """What a method is run on; see `genprune.score` for the fields that a user gives.
+
+    Args:
+        target: a pipeline or a model.
+        sites: those to score.
+        costs: of the model as it is, with all of its sites.
+        dense: of the dense model.
+        options: keyword arguments of the pipeline's call.
+    """
+
+    target: Any = field(repr=False)
+    sites: Sites = field(repr=False)
+    costs: SiteCosts = field(repr=False)
+    dense: Costs = field(repr=False)
+    prompts: Sequence | None = None
+    data: Any = field(default=None, repr=False)
+    loss_fn: Callable[..., Tensor] | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    output_dir: str | os.PathLike | None = None
+    resume: bool = False
+    checkpointing_steps: int = 25
+    progress: bool = True
 
 
 @dataclass(frozen=True)
@@ -45,12 +76,13 @@ class Method:
 
     name: ClassVar[str] = ""
     scored_kinds: ClassVar[tuple[str, ...]] = KINDS  # those that its criterion has a rule for
+    trains: ClassVar[bool] = False  # whether it writes checkpoints, and can resume
 
     def __post_init__(self) -> None:
-        for field in ("kinds", "protect"):
-            value = getattr(self, field)
+        for name in ("kinds", "protect"):
+            value = getattr(self, name)
             if value is not None:
-                object.__setattr__(self, field, (value,) if isinstance(value, str) else tuple(value))
+                object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value))
         check_budget(self.keep, self.of)
         if self.kinds is not None:
             check_kinds(self.kinds)
@@ -78,9 +110,27 @@ class Method:
         """The criterion that scores for this method."""
         return criterion_named(self.name)()
 
-    def calibration(self, target, prompts, data, loss_fn, size: Mapping[str, int], progress: bool):
-        """What the criterion is calibrated on; None where it reads weights only."""
+    @classmethod
+    def facts(cls) -> type[Criterion] | type[Method]:
+        """What has `needs`, `additive` and `summary`: the criterion, or a method that goes without one."""
+        return criterion_named(cls.name)
+
+    def calibration(self, target, prompts, data, loss_fn, options: Mapping[str, Any], progress: bool):
+        """What the criterion is calibrated on; None where it reads weights only.
+
+        Args:
+            options: keyword arguments of the pipeline's call.
+        """
         return None
+
+    def values(self, context: ScoringContext) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Site name -> scores of shape `(size,)`, higher = keep; and what else is worth noting in a plan."""
+        criterion = self.criterion()
+        calibration = self.calibration(
+            context.target, context.prompts, context.data, context.loss_fn, context.options, context.progress
+        )
+        scores = criterion.scores(denoiser(context.target), context.sites, calibration)
+        return checked_scores(scores, context.sites, self.name), {}
 
     def changed(self, **changes: Any) -> Method:
         """A copy with other values. Raises `GenpruneError` for an unknown name or a value out of range."""

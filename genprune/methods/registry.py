@@ -7,14 +7,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from genprune.criteria import criterion_named
 from genprune.errors import GenpruneError, nearest
 from genprune.methods.base import FORMAT_VERSION, Method
+from genprune.methods.ecodiff import EcoDiff
 from genprune.methods.obs import OBS
 from genprune.methods.simple import Magnitude, Random
 from genprune.methods.taylor import Taylor
 
-_METHODS: dict[str, type[Method]] = {cls.name: cls for cls in (Random, Magnitude, Taylor, OBS)}
+_METHODS: dict[str, type[Method]] = {cls.name: cls for cls in (Random, Magnitude, Taylor, OBS, EcoDiff)}
 
 
 @dataclass(frozen=True)
@@ -29,9 +29,9 @@ class MethodCard:
 def methods() -> tuple[MethodCard, ...]:
     """The methods by name: what each needs, and one line about it."""
     cards = []
-    for name in _METHODS:
-        criterion = criterion_named(name)
-        cards.append(MethodCard(name, criterion.needs, criterion.summary))
+    for name, method in _METHODS.items():
+        facts = method.facts()
+        cards.append(MethodCard(name, facts.needs, facts.summary))
     return tuple(cards)
 
 

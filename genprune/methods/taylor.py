@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from genprune.criteria import criterion_named
 from genprune.denoising import calibration_batches
@@ -65,7 +65,7 @@ class Taylor(Method):
     def criterion(self):
         return criterion_named(self.name)(weights=self.weights, threshold=self.threshold)
 
-    def calibration(self, target, prompts, data, loss_fn, size: Mapping[str, int], progress: bool):
+    def calibration(self, target, prompts, data, loss_fn, options: Mapping[str, Any], progress: bool):
         batches = calibration_batches(
             target,
             prompts,
@@ -77,7 +77,7 @@ class Taylor(Method):
             guidance_scale=self.guidance_scale,
             batch_size=self.batch_size,
             seed=self.seed,
-            **size,
+            **options,
         )
         return with_progress(batches, self._batches(target, prompts, data)) if progress else batches
 

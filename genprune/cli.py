@@ -137,6 +137,22 @@ def prune(
         list[str] | None,
         typer.Option(help="Kinds of sites that may go, repeatable or comma-separated; see `genprune inspect`."),
     ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="NAME=VALUE", help="A setting of the method, repeatable: train_steps=50."),
+    ] = None,
+    pipeline_options: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--pipeline-option",
+            metavar="NAME=VALUE",
+            help="An argument of the pipeline's call while it calibrates, repeatable: max_sequence_length=256.",
+        ),
+    ] = None,
+    checkpoints: Annotated[
+        Path | None,
+        typer.Option(help="Where a method that trains keeps its checkpoints and curve; a second run goes on there."),
+    ] = None,
     plan_only: Annotated[
         bool, typer.Option("--plan-only", help="Write the plan, a small file, and leave the model.")
     ] = False,
@@ -156,18 +172,23 @@ def prune(
 
     from genprune import console, prune_run
     from genprune.methods import method_named
+    from genprune.methods.assignments import assigned
     from genprune.model_source import open_source
 
     prune_run.check_free(out, force)
     console.quiet_hosts()
     chosen = tuple(kind.strip() for item in kinds or () for kind in item.split(",") if kind.strip()) or None
-    settings = method_named(method, keep=keep, of=of.value, kinds=chosen, seed=seed)
+    named = method_named(method, keep=keep, of=of.value, kinds=chosen, seed=seed)
+    named = named.changed(**assigned(named, settings or (), flags=("keep", "of", "kinds", "seed")))
+    options = prune_run.read_options(pipeline_options or ())
     source = open_source(model)
     plan = prune_run.prune_to_folder(
         source,
-        settings,
+        named,
         out,
-        prompts=prune_run.read_prompts(prompts, source, settings),
+        prompts=prune_run.read_prompts(prompts, source, named),
+        pipeline_options=options,
+        checkpoints=checkpoints,
         plan_only=plan_only,
         stock=stock,
         device=device,

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field, fields
 import torch
 from torch import Tensor, nn
 
-from genprune.errors import GenpruneError, nearest
+from genprune.errors import GenpruneError, UnsupportedModel, nearest
 from genprune.families import OperatingPoint, denoiser, family_named, family_of, find_sites, host_name
 from genprune.sites import Site, Sites
 
@@ -100,10 +100,14 @@ def count_costs(target, **given: int) -> Costs:
 def dense_costs(target, **given: int) -> Costs:
     """Costs of the dense model that a target was before any cut, built on the meta device from its configuration."""
     model = denoiser(target)
+    return _count(_meta_copy(_dense_on_meta(model)), operating_point(model, **given))
+
+
+def _dense_on_meta(model: nn.Module) -> nn.Module:
+    """The dense model of the same configuration, on the meta device."""
     family = family_named(host_name(model))
     with torch.device("meta"):
-        dense = family.build(family.config(model))
-    return _count(_meta_copy(dense), operating_point(model, **given))
+        return family.build(family.config(model))
 
 
 _HOOKS = (
@@ -121,6 +125,8 @@ _OFFLOADING = ("_hf_hook", "_diffusers_hook", "_old_forward", "forward")
 
 def _meta_copy(model: nn.Module) -> nn.Module:
     """A copy without weights, hooks and offloading. Floats become float32, so that mixed precisions run."""
+    if any(cls.__name__ == "FSDPModule" for cls in type(model).__mro__):
+        return _unsharded(model)
     memo: dict[int, object] = {}
     for tensor in [*model.parameters(), *model.buffers()]:
         dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
@@ -136,6 +142,17 @@ def _meta_copy(model: nn.Module) -> nn.Module:
         for name in _OFFLOADING:
             module.__dict__.pop(name, None)
     return meta.eval()
+
+
+def _unsharded(model: nn.Module) -> nn.Module:
+    """What `_meta_copy` gives, for a model whose weights FSDP2 split: it lets nothing of its own be copied."""
+    dense = _dense_on_meta(model)
+    if sum(p.numel() for p in dense.parameters()) != sum(p.numel() for p in model.parameters()):
+        raise UnsupportedModel(
+            f"this {host_name(model)} was pruned and then split over processes (FSDP2); expected a dense one, whose "
+            "costs its configuration tells. Count before fully_shard."
+        )
+    return _meta_copy(dense)
 
 
 def _count(meta: nn.Module, point: OperatingPoint) -> Costs:

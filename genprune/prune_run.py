@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from genprune.planning import with_latency
 # A folder with one of these was written by genprune, diffusers or timm: `--force` may replace it, and nothing else.
 _KNOWN_CONTENT = ("model_index.json", "config.json", "plan.json", "result.json")
 CALIBRATION_PROMPTS = 16  # of the miniature, where no prompts are given
+TRAINING_PROMPTS = 100  # likewise, for a method that trains
 LATENCY_ROUNDS = 5
 
 
@@ -66,13 +68,27 @@ def disk_errors(out: Path):
         ) from error
 
 
+def prompt_lines(file: Path, option: str = "--prompts") -> list[str]:
+    """The prompts in a text file, one a line. Raises `BadCalibrationData`."""
+    try:
+        lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadCalibrationData(
+            f"the prompts file '{file}' cannot be read ({error}); expected a text file with one prompt a line. "
+            f"Check {option}."
+        ) from None
+    if not any(lines):
+        raise BadCalibrationData(f"the prompts file '{file}' is empty; expected one prompt a line. Fill it.")
+    return [line for line in lines if line]
+
+
 def read_prompts(file: Path | None, source: ModelSource, method: Method) -> list[str] | None:
     """Calibration prompts: from a file, one a line; for the miniature its own where no file is given.
 
     Raises:
         BadCalibrationData: the method needs prompts and there are none, or no pipeline to use them.
     """
-    scores_on_data = bool({"gradients", "activations"} & set(method.criterion().needs))
+    scores_on_data = bool({"gradients", "activations"} & set(method.facts().needs))
     if scores_on_data and source.kind != "pipeline":
         raise BadCalibrationData(
             f"--method {method.name} scores on data, and '{source.name}' is a model without a pipeline that turns "
@@ -80,27 +96,39 @@ def read_prompts(file: Path | None, source: ModelSource, method: Method) -> list
             "or call gp.make_plan(model, method, data=...) in Python."
         )
     if file is not None:
-        try:
-            lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
-        except (OSError, UnicodeDecodeError) as error:
-            raise BadCalibrationData(
-                f"the prompts file '{file}' cannot be read ({error}); expected a text file with one prompt a line. "
-                "Check --prompts."
-            ) from None
-        if not any(lines):
-            raise BadCalibrationData(f"the prompts file '{file}' is empty; expected one prompt a line. Fill it.")
-        return [line for line in lines if line]
+        return prompt_lines(file)
     if not scores_on_data:
         return None
     if source.is_miniature:
         import genprune as gp
 
-        return gp.miniature.prompts("dev", CALIBRATION_PROMPTS)
+        return gp.miniature.prompts("dev", TRAINING_PROMPTS if method.trains else CALIBRATION_PROMPTS)
     raise BadCalibrationData(
         f"--method {method.name} scores on prompts, and '{source.name}' comes without any; expected a text file with "
         f"one prompt a line, 16 or more. Pass --prompts FILE (or try --method magnitude, which needs none; only "
         f"'{MINIATURE}' has prompts of its own)."
     )
+
+
+def read_options(texts: Iterable[str]) -> dict[str, Any]:
+    """Keyword arguments of a pipeline's call from `name=value` texts; a value is JSON, or else text as it stands.
+
+    Raises:
+        GenpruneError: a text without `=`. An option that the pipeline lacks is found when it is called.
+    """
+    options = {}
+    for text in texts:
+        name, equals, value = (part.strip() for part in text.partition("="))
+        if not name or not equals:
+            raise GenpruneError(
+                f"--pipeline-option {text!r} is no option; expected NAME=VALUE. Pass e.g. "
+                "--pipeline-option max_sequence_length=256."
+            )
+        try:
+            options[name] = json.loads(value)
+        except ValueError:
+            options[name] = value
+    return options
 
 
 def prune_to_folder(
@@ -115,6 +143,8 @@ def prune_to_folder(
     dtype: torch.dtype | None = None,
     progress: bool = True,
     latency: bool = True,
+    pipeline_options: Mapping[str, Any] | None = None,
+    checkpoints: Path | None = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> PruningPlan:
     """Plan, cut and save; `out` appears whole at the end, or not at all.
@@ -125,6 +155,8 @@ def prune_to_folder(
         stock: write a stock configuration that loads where genprune is not installed; depth and uniform plans only.
         device, dtype: to score and time on, and to save in.
         latency: also time the dense model and a cut copy in turns, where both fit in memory.
+        pipeline_options: keyword arguments of the pipeline's call while it calibrates.
+        checkpoints: where a method that trains keeps checkpoints, logits and curve; it goes on from there.
         say: told what is going on, one line a step.
 
     Raises:
@@ -136,7 +168,15 @@ def prune_to_folder(
     say(f"Loading {source.name}")
     target = source.load(device, dtype)
     say(f"Planning: {method.name}, keep {method.keep:g} of {method.of}")
-    plan = gp.make_plan(target, method, prompts=prompts, progress=progress)
+    plan = gp.make_plan(
+        target,
+        method,
+        prompts=prompts,
+        pipeline_options=pipeline_options,
+        output_dir=checkpoints,
+        resume=checkpoints is not None,
+        progress=progress,
+    )
     if latency:
         plan = _timed(denoiser(target), plan, say)
     if plan_only:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 from huggingface_hub.errors import LocalEntryNotFoundError
+from tiny_pipelines import sd_pipeline
 from typer.testing import CliRunner
 
 import genprune as gp
@@ -79,7 +80,7 @@ def test_version():
 
 def test_methods_lists_each_with_its_needs():
     listed = json.loads(genprune("methods", "--json")[0])
-    assert {"random", "magnitude", "taylor"} <= {card["name"] for card in listed}
+    assert {"random", "magnitude", "taylor", "obs", "ecodiff"} <= {card["name"] for card in listed}
     assert all(card["summary"] for card in listed)
     assert "taylor" in genprune("methods")[0]
 
@@ -174,6 +175,36 @@ def test_prune_takes_kinds(unet_folder, tmp_path):
     assert {name.rsplit(":")[-1] for name in told["widths"]} <= {"neurons", "heads"}
 
 
+@pytest.fixture(scope="module")
+def tiny_pipeline_folder(tmp_path_factory) -> Path:
+    """A whole pipeline's folder, and `prompts.txt` in it."""
+    folder = tmp_path_factory.mktemp("tiny")
+    sd_pipeline(folder).save_pretrained(folder)
+    (folder / "prompts.txt").write_text("a cat\ntwo dogs\n")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("method", "settings"),
+    [
+        ("obs", ["steps=2", "samples=2"]),
+        ("ecodiff", ["train_steps=1", "batch_size=1", "denoising_steps=2", "validate_every=0"]),
+    ],
+)
+def test_prune_takes_settings_of_the_method(tiny_pipeline_folder, tmp_path, method, settings):
+    given = ["prune", tiny_pipeline_folder, "--prompts", tiny_pipeline_folder / "prompts.txt", "--method", method]
+    given += ["--keep", 0.9, "--of", "params", "--no-latency", "--out", tmp_path / "small", "--json"]
+    given += [part for setting in settings for part in ("--set", setting)]
+    given += ["--checkpoints", tmp_path / "masks"] if method == "ecodiff" else []
+    told = json.loads(genprune(*given, "--pipeline-option", "height=16", "--pipeline-option", "width=16")[0])
+    recorded = told["made_by"]["settings"]
+    for name, value in (setting.split("=") for setting in settings):
+        assert recorded[name] == int(value)
+    small = gp.load_pipeline(tmp_path / "small")
+    assert gp.count_costs(small).params == told["figures"]["params"]
+    assert (tmp_path / "masks" / "logits.safetensors").is_file() == (method == "ecodiff")
+
+
 def test_prune_refuses_a_folder_in_the_way_and_force_replaces_only_results(unet_folder, tmp_path):
     out = tmp_path / "out"
     arguments = ["prune", unet_folder, "--method", "magnitude", "--keep", 0.9, "--out", out]
@@ -202,6 +233,12 @@ def test_prune_refuses_a_folder_in_the_way_and_force_replaces_only_results(unet_
         (["prune", "MODEL", "--keep", "2", "--method", "random", "--out", "OUT"], r"expected a number in (0, 1]"),
         (["prune", "MODEL", "--keep", "0.01", "--method", "random", "--out", "OUT"], "BudgetUnreachable"),
         (["prune", "MODEL", "--kinds", "noses", "--method", "random", "--out", "OUT"], "noses"),
+        (["prune", "MODEL", "--set", "step=3", "--out", "OUT"], "Taylor has no 'step', nearest name: 'steps'"),
+        (["prune", "MODEL", "--set", "steps=x", "--out", "OUT"], "no value for steps; expected a whole number"),
+        (["prune", "MODEL", "--set", "keep=0.5", "--out", "OUT"], "Pass --keep 0.5 instead"),
+        (["prune", "MODEL", "--pipeline-option", "height", "--out", "OUT"], "'height' is no option; expected NAME="),
+        (["prune", "MODEL", "--method", "ecodiff", "--out", "OUT"], "is a model without a pipeline"),
+        (["prune", "PIPELINE", "--method", "ecodiff", "--out", "OUT"], "--prompts FILE"),
         (["prune", "MODEL", "--out", "OUT"], "Pass --method magnitude, or call gp.make_plan(model, method, data=...)"),
         (["prune", "MODEL", "--prompts", "no-file.txt", "--out", "OUT"], "is a model without a pipeline"),
         (["prune", "PIPELINE", "--method", "taylor", "--out", "OUT"], "--prompts FILE"),

@@ -1,0 +1,1 @@
+"""Parts of scripts/train_masks.py: flags to settings, prompts, processes, and what is written."""

@@ -14,7 +14,9 @@ from genprune.errors import GenpruneError, UnsupportedModel
 from genprune.families import supported
 from genprune.widths import PRUNING_KEY, apply_widths_, read_widths, skeleton
 
-MINIATURE = "miniature"  # the embedded pipeline's name on the command line
+MINIATURE = "miniature"
+# The embedded pipelines' names on the command line -> their names in `genprune.miniature`.
+MINIATURES = {MINIATURE: "unet", "miniature-mmdit": "mmdit", "miniature-mmdit-4-step": "mmdit-4-step"}
 _INDEX, _CONFIG = "model_index.json", "config.json"
 
 
@@ -42,7 +44,17 @@ class ModelSource:
 
     @property
     def is_miniature(self) -> bool:
-        return self.name == MINIATURE
+        return self.name in MINIATURES
+
+    @property
+    def call_options(self) -> dict[str, Any]:
+        """What the pipeline has to be called with, beside steps and guidance, to draw as it was trained to."""
+        if not self.is_miniature:
+            return {}
+        import genprune as gp
+
+        options = gp.miniature.call_options(MINIATURES[self.name])
+        return {key: value for key, value in options.items() if key not in ("num_inference_steps", "guidance_scale")}
 
     def skeleton(self) -> nn.Module:
         """The model that would be pruned, on the meta device: shapes without weights."""
@@ -69,7 +81,10 @@ class ModelSource:
         """
         import genprune as gp
 
-        if self.kind == "pipeline":
+        if self.is_miniature:
+            loaded = gp.miniature.load_pipeline(MINIATURES[self.name], torch_dtype=dtype or torch.float32)
+            loaded.set_progress_bar_config(disable=True)
+        elif self.kind == "pipeline":
             loaded = gp.load_pipeline(self.place, torch_dtype=dtype or torch.float32)
             loaded.set_progress_bar_config(disable=True)
         elif self.kind == "timm" and not Path(self.place).is_dir():
@@ -83,14 +98,14 @@ def open_source(name: str) -> ModelSource:
     """Find out what a name stands for. Reads small JSON files only.
 
     Args:
-        name: `miniature`; a folder that diffusers, timm or genprune wrote; a timm model name (`timm/` before it is
-            allowed); or a hub id such as `stable-diffusion-v1-5/stable-diffusion-v1-5`.
+        name: one of `MINIATURES`; a folder that diffusers, timm or genprune wrote; a timm model name (`timm/` before
+            it is allowed); or a hub id such as `stable-diffusion-v1-5/stable-diffusion-v1-5`.
 
     Raises:
         ModelNotFound: it is none of these, or the hub cannot be reached. UnsupportedModel: it holds no denoiser.
     """
-    if name == MINIATURE:
-        folder = miniature_folder()
+    if name in MINIATURES:
+        folder = miniature_folder(MINIATURES[name])
         return _from_files(name, str(folder), _local_json(folder))
     path = Path(name).expanduser()
     if path.is_dir():
@@ -105,12 +120,12 @@ def open_source(name: str) -> ModelSource:
     return _from_files(name, name, _hub_json(name))
 
 
-def miniature_folder() -> Path:
-    """The embedded pipeline's folder. Raises `ModelNotFound` where the package was built without its data."""
+def miniature_folder(name: str = "unet") -> Path:
+    """An embedded pipeline's folder. Raises `ModelNotFound` where the package was built without its data."""
     import genprune as gp
 
     try:
-        return gp.miniature.pipeline_dir()
+        return gp.miniature.pipeline_dir(name)
     except FileNotFoundError as error:
         raise ModelNotFound(f"the embedded miniature is not there: {error}.") from None
 

@@ -172,7 +172,7 @@ def prune_to_folder(
         target,
         method,
         prompts=prompts,
-        pipeline_options=pipeline_options,
+        pipeline_options=source.call_options | dict(pipeline_options or {}) or None,
         output_dir=checkpoints,
         resume=checkpoints is not None,
         progress=progress,

@@ -90,7 +90,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--docs", type=Path, help="docs folder whose page and picture grids are written")
     parser.add_argument("--train_steps", type=int, default=150, help="optimiser steps of the masks")
     parser.add_argument("--prompts", type=int, default=256, help="dev captions that masks are learned on")
-    parser.add_argument("--num_prompts", type=int, default=128, help="test captions that are drawn and graded")
+    parser.add_argument("--num_prompts", type=int, default=96, help="test captions that are drawn and graded")
     arguments = parser.parse_args(argv)
     if arguments.quick:
         arguments.base = arguments.base or ["unet"]

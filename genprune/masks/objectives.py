@@ -57,8 +57,9 @@ def arguments(pipe, batch: TrajectoryBatch, options: Mapping[str, Any]) -> dict[
     """What `draw_latents` takes for a batch."""
     given = dict(options) | {"seeds": batch.seeds}
     if batch.guidance_scale is not None:
-        # a pipeline that calls its denoiser twice names its guidance so
-        name = "true_cfg_scale" if "true_cfg_scale" in given else "guidance_scale"
+        # FLUX has two: the one that its denoiser embeds, and true guidance by a second call
+        embedded = getattr(denoiser(pipe).config, "guidance_embeds", False)
+        name = "true_cfg_scale" if "true_cfg_scale" in given and not embedded else "guidance_scale"
         given[name] = batch.guidance_scale
     if batch.prompts is None:
         return given

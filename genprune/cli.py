@@ -48,6 +48,13 @@ class Quantity(StrEnum):
     units = "units"
 
 
+class Compensate(StrEnum):
+    """How `gp.compensate` does it."""
+
+    least_squares = "least_squares"
+    bias = "bias"
+
+
 class Precision(StrEnum):
     float32 = "float32"
     bfloat16 = "bfloat16"
@@ -153,6 +160,9 @@ def prune(
         Path | None,
         typer.Option(help="Where a method that trains keeps its checkpoints and curve; a second run goes on there."),
     ] = None,
+    compensate: Annotated[
+        Compensate | None, typer.Option(help="Refit what reads removed units, on the prompts, before the cut.")
+    ] = None,
     plan_only: Annotated[
         bool, typer.Option("--plan-only", help="Write the plan, a small file, and leave the model.")
     ] = False,
@@ -175,6 +185,7 @@ def prune(
     from genprune.methods.assignments import assigned
     from genprune.model_source import open_source
 
+    refit = None if compensate is None or plan_only else compensate.value  # a plan holds no weights
     prune_run.check_free(out, force)
     console.quiet_hosts()
     chosen = tuple(kind.strip() for item in kinds or () for kind in item.split(",") if kind.strip()) or None
@@ -186,11 +197,12 @@ def prune(
         source,
         named,
         out,
-        prompts=prune_run.read_prompts(prompts, source, named),
+        prompts=prune_run.read_prompts(prompts, source, named, refit),
         pipeline_options=options,
         checkpoints=checkpoints,
         plan_only=plan_only,
         stock=stock,
+        compensate=refit,
         device=device,
         dtype=getattr(torch, dtype.value),
         latency=latency,

@@ -82,11 +82,14 @@ def prompt_lines(file: Path, option: str = "--prompts") -> list[str]:
     return [line for line in lines if line]
 
 
-def read_prompts(file: Path | None, source: ModelSource, method: Method) -> list[str] | None:
+def read_prompts(
+    file: Path | None, source: ModelSource, method: Method, compensate: str | None = None
+) -> list[str] | None:
     """Calibration prompts: from a file, one a line; for the miniature its own where no file is given.
 
     Raises:
-        BadCalibrationData: the method needs prompts and there are none, or no pipeline to use them.
+        BadCalibrationData: the method or the compensation needs prompts and there are none, or no pipeline to use
+        them.
     """
     scores_on_data = bool({"gradients", "activations"} & set(method.facts().needs))
     if scores_on_data and source.kind != "pipeline":
@@ -95,18 +98,25 @@ def read_prompts(file: Path | None, source: ModelSource, method: Method) -> list
             "prompts into them; expected a whole pipeline, or a method that needs no data. Pass --method magnitude, "
             "or call gp.make_plan(model, method, data=...) in Python."
         )
+    if compensate and source.kind != "pipeline":
+        raise BadCalibrationData(
+            f"--compensate measures activations on prompts, and '{source.name}' is a model without a pipeline that "
+            "turns prompts into them; expected a whole pipeline. Leave it out, or call gp.compensate(model, plan, "
+            "data=...) in Python."
+        )
     if file is not None:
         return prompt_lines(file)
-    if not scores_on_data:
+    if not scores_on_data and not compensate:
         return None
     if source.is_miniature:
         import genprune as gp
 
         return gp.miniature.prompts("dev", TRAINING_PROMPTS if method.trains else CALIBRATION_PROMPTS)
+    asks = f"--method {method.name} scores" if scores_on_data else "--compensate measures"
     raise BadCalibrationData(
-        f"--method {method.name} scores on prompts, and '{source.name}' comes without any; expected a text file with "
-        f"one prompt a line, 16 or more. Pass --prompts FILE (or try --method magnitude, which needs none; only "
-        f"'{MINIATURE}' has prompts of its own)."
+        f"{asks} on prompts, and '{source.name}' comes without any; expected a text file with one prompt a line, 16 "
+        f"or more. Pass --prompts FILE (or try --method magnitude alone, which needs none; only '{MINIATURE}' has "
+        "prompts of its own)."
     )
 
 
@@ -139,6 +149,7 @@ def prune_to_folder(
     prompts: Sequence[str] | None = None,
     plan_only: bool = False,
     stock: bool = False,
+    compensate: str | None = None,
     device: str = "cpu",
     dtype: torch.dtype | None = None,
     progress: bool = True,
@@ -153,6 +164,7 @@ def prune_to_folder(
         source, method, prompts: what to prune, how, and what to calibrate on.
         out: free (see `check_free`); a pipeline's folder, a model's folder, or with `plan_only` a plan's.
         stock: write a stock configuration that loads where genprune is not installed; depth and uniform plans only.
+        compensate: how `gp.compensate` refits what reads removed units before the cut; None: it does not.
         device, dtype: to score and time on, and to save in.
         latency: also time the dense model and a cut copy in turns, where both fit in memory.
         pipeline_options: keyword arguments of the pipeline's call while it calibrates.
@@ -165,6 +177,7 @@ def prune_to_folder(
     """
     import genprune as gp
 
+    options = source.call_options | dict(pipeline_options or {}) or None
     say(f"Loading {source.name}")
     target = source.load(device, dtype)
     say(f"Planning: {method.name}, keep {method.keep:g} of {method.of}")
@@ -172,7 +185,7 @@ def prune_to_folder(
         target,
         method,
         prompts=prompts,
-        pipeline_options=source.call_options | dict(pipeline_options or {}) or None,
+        pipeline_options=options,
         output_dir=checkpoints,
         resume=checkpoints is not None,
         progress=progress,
@@ -183,6 +196,12 @@ def prune_to_folder(
         with disk_errors(out):
             plan.save(out)
         return plan
+    if compensate:
+        say(f"Compensating: {compensate}")
+        settings = {"method": compensate, "seed": method.seed, "pipeline_options": options}
+        done = gp.compensate(target, plan, prompts, progress=progress, **settings)
+        noted = {"method": compensate, "seed": method.seed, "layers": len(done.errors)}
+        plan = dataclasses.replace(plan, made_by={**plan.made_by, "compensation": noted})
     say("Cutting and saving")
     with disk_errors(out), whole_folder(out) as stage:
         _write(gp.cut(target, plan), source, stage, stock)

@@ -205,6 +205,23 @@ def test_prune_takes_settings_of_the_method(tiny_pipeline_folder, tmp_path, meth
     assert (tmp_path / "masks" / "logits.safetensors").is_file() == (method == "ecodiff")
 
 
+def test_prune_compensates_before_the_cut(tiny_pipeline_folder, unet_folder, tmp_path):
+    given = ["prune", tiny_pipeline_folder, "--method", "magnitude", "--keep", 0.9, "--of", "params", "--no-latency"]
+    size = ["--pipeline-option", "height=16", "--pipeline-option", "width=16", "--json"]
+    prompts = ["--prompts", tiny_pipeline_folder / "prompts.txt"]
+    genprune(*given, *size, "--out", tmp_path / "plain")
+    told = json.loads(genprune(*given, *size, *prompts, "--compensate", "bias", "--out", tmp_path / "bias")[0])
+    assert told["made_by"]["compensation"]["method"] == "bias"
+    plain, bias = (gp.load_pipeline(tmp_path / name).unet for name in ("plain", "bias"))
+    assert gp.applied_plan(bias).keep.keys() == gp.applied_plan(plain).keep.keys()
+    differ = [n for (n, a), b in zip(plain.state_dict().items(), bias.state_dict().values()) if not torch.equal(a, b)]
+    assert differ and all(name.endswith("bias") for name in differ)
+    _, error = genprune(*given, "--compensate", "bias", "--out", tmp_path / "none", code=2)
+    assert "--compensate measures on prompts" in error and "--prompts FILE" in error
+    _, error = genprune(*["prune", unet_folder, *given[2:], "--compensate", "bias", "--out", tmp_path / "x"], code=2)
+    assert "--compensate measures activations on prompts" in error and "gp.compensate(model, plan, data=...)" in error
+
+
 def test_prune_refuses_a_folder_in_the_way_and_force_replaces_only_results(unet_folder, tmp_path):
     out = tmp_path / "out"
     arguments = ["prune", unet_folder, "--method", "magnitude", "--keep", 0.9, "--out", out]

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from genprune import miniature
+from genprune.errors import GenpruneError
 from genprune.miniature import grader as grader_module
 from genprune.miniature import grammar
 
@@ -72,19 +73,24 @@ def test_grade_refuses_unequal_numbers():
 
 
 @needs_pipeline
-def test_stock_pipeline_draws_what_it_is_asked():
-    diffusers = pytest.importorskip("diffusers")
-    pipe = miniature.load_pipeline()
-    assert type(pipe) is diffusers.StableDiffusionPipeline
-    assert isinstance(pipe.unet, diffusers.UNet2DConditionModel)
+@pytest.mark.parametrize(
+    ("name", "pipeline", "steps"),
+    [("unet", "StableDiffusionPipeline", 8), ("mmdit", "FluxPipeline", 8), ("mmdit-4-step", "FluxPipeline", 4)],
+)
+def test_stock_pipeline_draws_what_it_is_asked(name: str, pipeline: str, steps: int):
+    pytest.importorskip("diffusers")
+    pipe = miniature.load_pipeline(name)
+    assert type(pipe).__name__ == pipeline and type(pipe).__module__.startswith("diffusers.")
     pipe.set_progress_bar_config(disable=True)
     scenes = miniature.scenes("test", 6, seed=2)
+    options = miniature.call_options(name) | {"num_inference_steps": steps}
+    if "negative_prompt" in options:
+        options["negative_prompt"] = [options["negative_prompt"]] * 6
     drawn = pipe(
         [miniature.caption(scene) for scene in scenes],
-        num_inference_steps=8,
-        guidance_scale=3.5,
         generator=[torch.Generator().manual_seed(i) for i in range(6)],
         output_type="np",
+        **options,
     ).images
     assert drawn.shape == (6, 64, 64, 3)
     images = torch.from_numpy(drawn).permute(0, 3, 1, 2)
@@ -94,9 +100,27 @@ def test_stock_pipeline_draws_what_it_is_asked():
 
 
 @needs_pipeline
+def test_the_student_is_another_transformer_in_the_same_pipeline():
+    pytest.importorskip("diffusers")
+    teacher, student = miniature.load_pipeline("mmdit"), miniature.load_pipeline("mmdit-4-step")
+    assert student.transformer.config.num_layers == teacher.transformer.config.num_layers
+    assert not torch.equal(student.transformer.proj_out.weight, teacher.transformer.proj_out.weight)
+    assert torch.equal(student.vae.decoder.conv_in.weight, teacher.vae.decoder.conv_in.weight)
+    assert student.default_sample_size * student.vae_scale_factor == 64
+
+
+def test_unknown_miniature_names_the_known_ones():
+    with pytest.raises(GenpruneError, match="no miniature 'mmdits', nearest name: 'mmdit'.*unet, mmdit"):
+        miniature.load_pipeline("mmdits")
+    with pytest.raises(GenpruneError, match="expected one of unet"):
+        miniature.call_options("flux")
+
+
+@needs_pipeline
 def test_embedded_files_are_small_and_safe():
     files = [path for path in HERE.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
-    assert sum(path.stat().st_size for path in files) <= 20 * 2**20
+    for pipeline in ("pipeline", "pipeline_mmdit"):
+        assert sum(path.stat().st_size for path in files if pipeline in path.parts) <= 20 * 2**20
     assert max(path.stat().st_size for path in files) <= 7.5e6
     assert not [path for path in files if path.suffix in {".bin", ".pt", ".pkl", ".pth", ".ckpt"}]
     assert (HERE / "LICENSES").is_dir() and (HERE / "MODEL_CARD.md").is_file()

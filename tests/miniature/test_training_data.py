@@ -17,10 +17,11 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from genprune import miniature  # noqa: E402
 from scripts.miniature.data import CaptionedImages, EmojiScenes  # noqa: E402
-from scripts.miniature.denoiser import decode, draw_latents  # noqa: E402
+from scripts.miniature.denoiser import decode  # noqa: E402
 from scripts.miniature.export import write_log  # noqa: E402
 from scripts.miniature.pictures import to_tensor, to_uint8  # noqa: E402
 from scripts.miniature.report import BEGIN, END, write_report  # noqa: E402
+from scripts.miniature.sampling import sample_latents  # noqa: E402
 from scripts.miniature.statistics import frechet_distance, kernel_distance, nearest_pictures  # noqa: E402
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -112,15 +113,18 @@ def test_the_page_shows_the_committed_figures(tmp_path: Path, name: str):
 @pytest.mark.skipif(
     not (Path(miniature.__file__).parent / "pipeline" / "model_index.json").is_file(), reason="no trained pipeline"
 )
-def test_report_draws_what_the_stock_pipeline_draws():
-    pipe = miniature.load_pipeline()
+@pytest.mark.parametrize("name", miniature.NAMES)
+def test_report_draws_what_the_stock_pipeline_draws(name: str):
+    pipe = miniature.load_pipeline(name)
     pipe.set_progress_bar_config(disable=True)
     captions = miniature.prompts("dev", 2)
     generators = [torch.Generator().manual_seed(5 + i) for i in range(2)]
-    settings = {"num_inference_steps": 3, "guidance_scale": 3.5}
-    stock = pipe(captions, generator=generators, output_type="pt", **settings).images
-    parts = (pipe.unet, pipe.text_encoder, pipe.tokenizer, pipe.scheduler)
-    latents = draw_latents(*parts, captions, seed=5, steps=3, guidance_scale=3.5)
+    options = miniature.call_options(name) | {"num_inference_steps": 3}
+    guidance = options.get("guidance_scale") or options.get("true_cfg_scale") or 1.0
+    if "negative_prompt" in options:
+        options["negative_prompt"] = [""] * 2
+    stock = pipe(captions, generator=generators, output_type="pt", **options).images
+    latents = sample_latents(pipe, captions, seed=5, steps=3, guidance_scale=guidance)
     own = decode(pipe.vae, latents).clamp(-1, 1) / 2 + 0.5
     # the same float32 operations, in another memory layout
     assert (own - stock).abs().max() < 1e-3

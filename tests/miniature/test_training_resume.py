@@ -13,13 +13,23 @@ pytest.importorskip("diffusers")
 pytest.importorskip("accelerate")
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
+from diffusers import FluxTransformer2DModel  # noqa: E402
+
 from genprune.miniature.grader import Grader  # noqa: E402
 from scripts.miniature.autoencoder import AutoencoderStage, build_autoencoder  # noqa: E402
 from scripts.miniature.checkpoints import find_checkpoint  # noqa: E402
 from scripts.miniature.data import shuffled_rows  # noqa: E402
 from scripts.miniature.denoiser import DenoiserStage, unet_architecture  # noqa: E402
+from scripts.miniature.distillation import DistillationStage, teacher_pairs  # noqa: E402
 from scripts.miniature.grading import GraderStage  # noqa: E402
 from scripts.miniature.loop import LoopConfig, learning_rate_at, train  # noqa: E402
+from scripts.miniature.mmdit import (  # noqa: E402
+    FlowStage,
+    build_t5,
+    build_t5_tokenizer,
+    mmdit_architecture,
+    start_at_identity,
+)
 from scripts.miniature.text import build_text_encoder, build_tokenizer, tokenize  # noqa: E402
 
 CAPTIONS = ["a cat, red background", "a dog, blue background", "two cats, blue background", "two dogs, red background"]
@@ -62,7 +72,40 @@ def tiny_grader(folder: Path) -> GraderStage:
     return GraderStage(Grader(width=8, num_features=16), batch_size=4)
 
 
-STAGES = [tiny_autoencoder, tiny_decoder, tiny_denoiser, tiny_grader]
+def tiny_flow(folder: Path) -> FlowStage:
+    tokenizers = {
+        "tokenizer": build_tokenizer(CAPTIONS, folder / "tokenizer", 16),
+        "tokenizer_2": build_t5_tokenizer(CAPTIONS, folder / "tokenizer_2", 16),
+    }
+    torch.manual_seed(0)
+    modules = {
+        "text_encoder": build_text_encoder(tokenizers["tokenizer"], 128, layers=1),
+        "text_encoder_2": build_t5(tokenizers["tokenizer_2"], layers=1),
+        "denoiser": FluxTransformer2DModel(**mmdit_architecture(32, 1, 1).denoiser_config),
+    }
+    start_at_identity(modules["denoiser"])
+    generator = torch.Generator().manual_seed(1)
+    pool = {"latents": torch.randn(10, 4, 16, 16, generator=generator).half()}
+    texts = [CAPTIONS[i % 4] for i in range(10)]
+    pool |= {
+        "tokens": tokenize(tokenizers["tokenizer"], texts),
+        "tokens_2": tokenize(tokenizers["tokenizer_2"], texts),
+    }
+    return FlowStage(modules, build_autoencoder((8, 8, 8)), tokenizers, pool, CAPTIONS, batch_size=4)
+
+
+def tiny_distillation(folder: Path) -> DistillationStage:
+    teacher = tiny_flow(folder)
+    texts = [CAPTIONS[i % 4] for i in range(10)]
+    latents = teacher_pairs(
+        teacher.denoiser, teacher.conditions, teacher.tokenizers, texts, folder / "pairs.safetensors", batch_size=4
+    )
+    return DistillationStage(
+        teacher.denoiser, teacher.conditions, teacher.tokenizers, teacher.vae, texts, latents, batch_size=4
+    )
+
+
+STAGES = [tiny_autoencoder, tiny_decoder, tiny_denoiser, tiny_grader, tiny_flow, tiny_distillation]
 
 
 def config(folder: Path, **changes) -> LoopConfig:

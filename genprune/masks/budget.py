@@ -59,6 +59,7 @@ def expected_share(
 
 
 _FASTEST = 0.2  # largest change of log(price) in one step
+_HIGHEST = 1e15  # where no logit follows it stops here: the optimiser squares gradients in float32
 
 
 @dataclass
@@ -110,5 +111,6 @@ class BudgetController:
         miss = share - self.target(step)
         move = self.gain * miss + self.damping * (miss - self.miss)
         # Logits need some steps to answer a price; a faster rise would overshoot before they do.
-        self.price *= math.exp(max(-_FASTEST, min(_FASTEST, move)))
+        price = self.price * math.exp(max(-_FASTEST, min(_FASTEST, move)))
+        self.price = min(_HIGHEST, max(1 / _HIGHEST, price))
         self.miss = miss

@@ -161,6 +161,8 @@ class _Run:
                 for name, values in self.logits.items()
             ],
             weight_decay=settings.weight_decay,
+            # a unit's gradient is a small part of a loss: among many units, smaller than torch's default of 1e-8
+            eps=1e-15,
         )
         # the last prompts are for looking at the plan, where there are enough to spare some
         prompts, held = problem.prompts, settings.validation_prompts if settings.validate_every else 0

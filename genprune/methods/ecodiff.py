@@ -104,7 +104,7 @@ class EcoDiff(MaskTraining, Method):
             max_width_classes=self.max_width_classes,
             protect=self.protect,
         )
-        masked = eligible(sites, request)
+        masked = eligible(context.costs.sites, request)
         problem = MaskProblem(
             pipe=context.target,
             sites=context.costs.sites,

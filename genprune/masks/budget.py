@@ -26,7 +26,12 @@ def unit_shares(sites: Sites, costs: SiteCosts, dense_total: int, of: str) -> di
 
 
 def expected_share(
-    logits: Mapping[str, Tensor], relaxation: HardConcrete, sites: Sites, shares: Mapping[str, float], whole: float
+    logits: Mapping[str, Tensor],
+    relaxation: HardConcrete,
+    sites: Sites,
+    shares: Mapping[str, float],
+    whole: float,
+    sharpness: float = 1.0,
 ) -> Tensor:
     """The share of the dense model that stays, where a unit stays if its gate is above one half. A scalar.
 
@@ -38,8 +43,15 @@ def expected_share(
     Args:
         shares: of `unit_shares`.
         whole: share of the dense model that is there before any mask; 1 for a dense model.
+        sharpness: 1: the exact probability, flat for logits that the noise cannot turn over. 0: its limit for undamped
+            noise, which answers every move of a logit. Between: a blend.
     """
-    stays = {name: relaxation.probability(values, level=0.5) for name, values in logits.items()}
+
+    def probability(values: Tensor) -> Tensor:
+        smooth, exact = relaxation.smooth_probability(values, 0.5), relaxation.probability(values, 0.5)
+        return (1 - sharpness) * smooth + sharpness * exact
+
+    stays = {name: probability(values) for name, values in logits.items()}
     inside: dict[str, list[str]] = {name: [] for name in logits}
     for name in logits:
         above = next((parent for parent in sites.ancestors(name) if parent in logits), None)
@@ -58,7 +70,8 @@ def expected_share(
     return whole - sum(removed(name) for name in roots)
 
 
-_FASTEST = 0.2  # largest change of log(price) in one step
+_STEEPEST = 3.0  # largest |log| of what the present miss multiplies the price by
+_FASTEST = 0.3  # largest change of log(base) in one step
 _HIGHEST = 1e15  # where no logit follows it stops here: the optimiser squares gradients in float32
 
 
@@ -66,51 +79,57 @@ _HIGHEST = 1e15  # where no logit follows it stops here: the optimiser squares g
 class BudgetController:
     """A Lagrange multiplier (the price of the whole model's cost) that follows a falling target.
 
-    The target goes linearly from `whole` to `keep` over the first `anneal` of the steps. Each step multiplies
-    the price by `exp(gain * miss + damping * change of the miss)`, so that it needs no scale: it starts where the
-    gradient of the penalty equals that of the loss on the median unit.
+        price = base * exp(stiffness * miss),    base <- base * exp(rate * miss),    miss = share - target
+
+    A price sets how fast logits fall, so the share is its integral: the first factor, which answers at once, keeps the
+    loop from swinging, and the second finds the scale. The target goes linearly from the share at the start to `keep`
+    over the first `anneal` of the steps. Meanwhile the share is measured with growing `sharpness`, because the exact
+    one answers only after logits have come a long way.
 
     Args:
         keep: share of the dense denoiser that is to stay.
-        whole: share that is there before any mask.
+        start: expected share before the first step, at sharpness 0.
         steps: optimiser steps of the run.
         anneal: share of them over which the target falls.
-        gain, damping: per unit of share missed.
+        stiffness, rate: per unit of share missed.
 
     Attributes:
-        price: current multiplier; None until the first gradient is seen.
+        base: None until the first gradient is seen.
         miss: expected share minus target, after the last step.
     """
 
     keep: float
-    whole: float
+    start: float
     steps: int
-    anneal: float = 0.7
-    gain: float = 4.0
-    damping: float = 40.0
-    price: float | None = None
+    anneal: float = 0.6
+    stiffness: float = 40.0
+    rate: float = 1.5
+    base: float | None = None
     miss: float = 0.0
 
-    def target(self, step: int) -> float:
-        """The share that is to stay after optimiser step `step` (from 0)."""
-        progress = min(1.0, (step + 1) / max(1.0, self.anneal * self.steps))
-        return self.whole + (self.keep - self.whole) * progress
+    @property
+    def price(self) -> float:
+        """The multiplier in force."""
+        factor = math.exp(max(-_STEEPEST, min(_STEEPEST, self.stiffness * self.miss)))
+        return min(_HIGHEST, max(1 / _HIGHEST, self.base * factor))
 
-    def start(self, loss_gradients: list[Tensor], penalty_gradients: list[Tensor]) -> None:
-        """Set the first price from the gradients of the loss and of the weighted penalty, one tensor a site."""
+    def progress(self, step: int) -> float:
+        """How far the target has fallen after optimiser step `step` (from 0), in [0, 1]; also the sharpness then."""
+        return min(1.0, (step + 1) / max(1.0, self.anneal * self.steps))
+
+    def target(self, step: int) -> float:
+        """The share that is to stay after optimiser step `step`."""
+        return self.start + (self.keep - self.start) * self.progress(step)
+
+    def begin(self, loss_gradients: list[Tensor], penalty_gradients: list[Tensor]) -> None:
+        """Set the first price to where loss and weighted penalty balance on the median unit; one tensor a site."""
         loss = torch.cat([gradient.abs().flatten() for gradient in loss_gradients])
         penalty = torch.cat([gradient.abs().flatten() for gradient in penalty_gradients])
         usable = (penalty > 0) & (loss > 0)
-        if not usable.any():
-            self.price = 1.0
-            return
-        self.price = float((loss[usable] / penalty[usable]).median())
+        self.base = float((loss[usable] / penalty[usable]).median()) if usable.any() else 1.0
 
     def update(self, step: int, share: float) -> None:
         """Take note of the expected share after optimiser step `step`, and move the price."""
-        miss = share - self.target(step)
-        move = self.gain * miss + self.damping * (miss - self.miss)
-        # Logits need some steps to answer a price; a faster rise would overshoot before they do.
-        price = self.price * math.exp(max(-_FASTEST, min(_FASTEST, move)))
-        self.price = min(_HIGHEST, max(1 / _HIGHEST, price))
-        self.miss = miss
+        self.miss = share - self.target(step)
+        moved = self.base * math.exp(max(-_FASTEST, min(_FASTEST, self.rate * self.miss)))
+        self.base = min(_HIGHEST, max(1 / _HIGHEST, moved))

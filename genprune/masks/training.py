@@ -153,7 +153,8 @@ class _Run:
         sites = Sites.of(problem.sites.host, [problem.sites[name] for name in problem.masked])
         self.logits = MaskLogits.filled(sites, settings.init, self.device)
         self.gates = LearnedGates(model, problem.sites, self.logits, settings.relaxation, seed)
-        self.controller = BudgetController(problem.keep, problem.whole, settings.train_steps, settings.anneal)
+        start = self._share(sharpness=0.0)
+        self.controller = BudgetController(problem.keep, start, settings.train_steps, settings.anneal)
         rates = settings.rates()
         self.optimizer = torch.optim.AdamW(
             [
@@ -186,14 +187,14 @@ class _Run:
         """One optimiser step; what the curve says of it."""
         loss, gradients = self._loss_gradients(step)
         penalties = self._penalty_gradients()
-        if self.controller.price is None:
-            self.controller.start(gradients, penalties)
+        if self.controller.base is None:
+            self.controller.begin(gradients, penalties)
         for parameter, gradient, penalty in zip(self.logits.parameters(), gradients, penalties):
             parameter.grad = gradient + self.controller.price * penalty
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         check_finite(self.logits, step + 1)
-        price, share = self.controller.price, self._share()
+        price, share = self.controller.price, self._share(self.controller.progress(step))
         self.controller.update(step, share)
         return {"loss": loss, "expected_share": share, "target_share": self.controller.target(step), "price": price}
 
@@ -227,10 +228,9 @@ class _Run:
         return list(torch.autograd.grad(total, self.logits.parameters()))
 
     @torch.no_grad()
-    def _share(self) -> float:
-        problem = self.problem
-        share = expected_share(self.logits, self.settings.relaxation, problem.sites, problem.shares, problem.whole)
-        return float(share)
+    def _share(self, sharpness: float) -> float:
+        problem, relaxation = self.problem, self.settings.relaxation
+        return float(expected_share(self.logits, relaxation, problem.sites, problem.shares, problem.whole, sharpness))
 
     def look_due(self, done: int) -> bool:
         """Whether it is time to look at the plan: regularly, and at the end."""

@@ -106,15 +106,21 @@ class Toy:
         relaxation, penalty = HardConcrete(), PENALTIES["smooth_l0"]
         logits = torch.full_like(self.cost, init).requires_grad_()
         optimizer = torch.optim.AdamW([logits], lr=0.1, weight_decay=0)
-        controller, prices, shares = BudgetController(keep, 1.0, steps, 0.6), [], []
+
+        def share(sharpness):
+            smooth = relaxation.smooth_probability(logits.detach(), 0.5)
+            stays = (1 - sharpness) * smooth + sharpness * relaxation.probability(logits.detach(), 0.5)
+            return float((stays * self.cost).sum())
+
+        controller, prices, shares = BudgetController(keep, share(0.0), steps), [], []
         for step in range(steps):
             (gradient,) = torch.autograd.grad(worth * self.loss(logits, relaxation), logits)
             (push,) = torch.autograd.grad((self.cost * penalty(logits, relaxation)).sum(), logits)
-            if controller.price is None:
-                controller.start([gradient], [push])
+            if controller.base is None:
+                controller.begin([gradient], [push])
             logits.grad = gradient + controller.price * push
             optimizer.step()
-            shares.append(float((relaxation.probability(logits.detach(), 0.5) * self.cost).sum()))
+            shares.append(share(controller.progress(step)))
             controller.update(step, shares[-1])
             prices.append(controller.price)
         return logits.detach(), shares, prices
@@ -132,22 +138,26 @@ def test_the_price_brings_the_share_to_the_budget(keep, worth):
     assert float(ratio[removed].median()) < float(ratio[~removed].median()) / 3
 
 
-def test_the_price_rises_while_the_share_is_above_its_target():
-    controller = BudgetController(keep=0.5, whole=1.0, steps=10, anneal=0.5, price=2.0)
+def test_the_price_answers_a_miss_at_once_and_finds_its_scale_slowly():
+    controller = BudgetController(keep=0.5, start=1.0, steps=10, anneal=0.5, base=2.0)
     assert [round(controller.target(step), 6) for step in range(10)] == [0.9, 0.8, 0.7, 0.6] + [0.5] * 6
-    last = controller.price
+    controller.update(0, 0.9)
+    assert controller.price == controller.base == 2.0  # on target
+    controller.update(0, 0.91)
+    assert controller.price == pytest.approx(2.0 * math.exp(controller.stiffness * 0.01 + controller.rate * 0.01))
+    last = controller.base
     for step in range(10):
         controller.update(step, 1.0)
-        assert last < controller.price <= last * math.exp(0.2) + 1e-9
-        last = controller.price
+        assert last < controller.base < controller.price
+        last = controller.base
     for _ in range(10):
         controller.update(9, 0.1)
-        assert controller.price < last
-        last = controller.price
+        assert controller.price < controller.base < last
+        last = controller.base
 
 
 def test_the_price_stays_finite_where_nothing_answers_it():
-    controller = BudgetController(keep=0.1, whole=1.0, steps=5000, anneal=0.5, price=1.0)
+    controller = BudgetController(keep=0.1, start=1.0, steps=5000, anneal=0.5, base=1.0)
     for step in range(5000):
         controller.update(step, 1.0)
     assert math.isfinite(controller.price)
@@ -158,7 +168,23 @@ def test_the_price_stays_finite_where_nothing_answers_it():
 
 def test_the_first_price_balances_the_median_unit():
     controller = BudgetController(0.8, 1.0, 10)
-    controller.start([torch.tensor([-2.0, 0.0]), torch.tensor([6.0])], [torch.tensor([0.5, 0.5]), torch.tensor([1.0])])
+    controller.begin([torch.tensor([-2.0, 0.0]), torch.tensor([6.0])], [torch.tensor([0.5, 0.5]), torch.tensor([1.0])])
     assert controller.price in (4.0, 6.0)
-    controller.start([torch.zeros(3)], [torch.ones(3)])  # in the dead zone: no gradient to balance
+    controller.begin([torch.zeros(3)], [torch.ones(3)])  # in the dead zone: no gradient to balance
     assert controller.price == 1.0
+
+
+def test_a_sharper_share_answers_less_to_decided_logits():
+    from genprune.sites import Site, Sites
+
+    sites = Sites.of("toy", [Site("a", "neurons", 3, ())])
+    logits = {"a:neurons": torch.tensor([4.0, 1.5, -4.0], requires_grad=True)}
+    blunt, blend, sharp = (
+        expected_share(logits, HardConcrete(), sites, {"a:neurons": 1 / 3}, 1.0, sharpness)
+        for sharpness in (0, 0.5, 1)
+    )
+    assert float(blend) == pytest.approx((float(blunt) + float(sharp)) / 2)
+    (gradient,) = torch.autograd.grad(sharp, logits["a:neurons"], retain_graph=True)
+    assert not gradient.any()  # the noise of a damping of 0.5 reaches 1.1
+    (gradient,) = torch.autograd.grad(blunt, logits["a:neurons"])
+    assert (gradient > 0).all()

@@ -66,7 +66,8 @@ class OBSScores:
             calibration: played once for every package of layers.
 
         Raises:
-            GenpruneError: a site is of a kind without a consumer. BadCalibrationData: no call.
+            GenpruneError: a site is of a kind without a consumer, or activations are not finite.
+            BadCalibrationData: no call.
         """
         if not calibration:
             raise BadCalibrationData("no calibration call; expected at least one. Pass prompts or data.")
@@ -81,6 +82,11 @@ class OBSScores:
         moments_of = input_moments(model, list(gated), calibration, self.modules_per_pass, self.progress)
         for path, moments in moments_of:
             layer = model.get_submodule(path)
+            if not torch.isfinite(moments.second_sum).all():
+                raise GenpruneError(
+                    f"what '{path}' is given is not finite; expected finite activations. Check the model's weights, "
+                    "and calibrate in float32 or bfloat16 rather than float16."
+                )
             errors = self._errors(layer, moments)
             for site, point in gated[path]:
                 width = point.width * taps(layer)

@@ -16,31 +16,34 @@ class Exchange:
 
     def __init__(self, model: nn.Module):
         self.model = model
-        self._other: dict[tuple[str, str], Tensor] = {}  # (layer, parameter) -> the tensor that is not in the model
+        # (layer, parameter) -> its tensor; two, so that what an interrupt leaves half done can be undone as a whole
+        self._dense: dict[tuple[str, str], Tensor] = {}
+        self._new: dict[tuple[str, str], Tensor] = {}
 
     def put(self, path: str, weight: Tensor, bias: Tensor | None) -> None:
         """Give a layer new values, in its own dtype."""
         for name, value in (("weight", weight), ("bias", bias)):
             if value is not None:
                 parameter = getattr(self.model.get_submodule(path), name)
-                self._other.setdefault((path, name), parameter.data)
-                parameter.data = value.to(parameter.device, parameter.dtype).reshape(parameter.shape).contiguous()
+                self._dense.setdefault((path, name), parameter.data)
+                new = value.to(parameter.device, parameter.dtype).reshape(parameter.shape).contiguous()
+                self._new[path, name] = parameter.data = new
 
-    def _swap(self) -> None:
-        for (path, name), held in self._other.items():
-            parameter = getattr(self.model.get_submodule(path), name)
-            self._other[path, name], parameter.data = parameter.data, held
+    def _show(self, values: dict[tuple[str, str], Tensor]) -> None:
+        for (path, name), value in values.items():
+            getattr(self.model.get_submodule(path), name).data = value
 
     @contextmanager
     def dense(self) -> Iterator[None]:
         """The old values inside the block."""
-        self._swap()
         try:
+            self._show(self._dense)
             yield
         finally:
-            self._swap()
+            self._show(self._new)
 
     def restore(self) -> None:
         """Put the old values back for good."""
-        self._swap()
-        self._other.clear()
+        self._show(self._dense)
+        self._dense.clear()
+        self._new.clear()

@@ -161,6 +161,16 @@ def test_bad_settings_and_kinds_are_refused():
         OBSScores().scores(model, gp.find_sites(model), [])
 
 
+@pytest.mark.parametrize("centre", [False, True])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_activations_that_are_not_finite_are_refused(value, centre):
+    model = vit()
+    batch = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    batch[0, 0, 0, 0] = value
+    with pytest.raises(GenpruneError, match="what 'blocks.0.* is given is not finite; expected finite activations"):
+        gp.score(model, gp.OBS(centre=centre), data=[batch], progress=False)
+
+
 def test_settings_travel_as_json():
     method = gp.OBS(form="columns", fuse="rank", step_weights=(1.0, 1.0), steps=25, allocation="uniform")
     assert method_from_json(json.dumps(method.to_json())) == method

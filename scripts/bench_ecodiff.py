@@ -38,6 +38,8 @@ def judge_base(base: Base, judge: Judge, arguments: argparse.Namespace) -> dict:
     dense = Dense(latents, pictures, judge.grade(pictures, judge.scenes)["grade(all)"].double())
     rows = {"dense": {"costs": {}, **judge.figures(pictures, latents, None)}}
     for candidate in candidates(base, arguments.quick):
+        if candidate.method in arguments.without:
+            continue
         file = folder / f"{candidate.slug}.json"
         if not file.is_file():
             began = time.perf_counter()
@@ -86,6 +88,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--work", type=Path, default=Path("runs/ecodiff"), help="scores, checkpoints and drawn pictures"
     )
+    parser.add_argument("--without", nargs="+", default=(), help="leave these methods out, for another process to do")
     parser.add_argument("--out", type=Path, help="JSON to write; default: print it")
     parser.add_argument("--docs", type=Path, help="docs folder whose page and picture grids are written")
     parser.add_argument("--train_steps", type=int, default=150, help="optimiser steps of the masks")

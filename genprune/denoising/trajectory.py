@@ -42,6 +42,7 @@ def draw_latents(
     gates: StepGates | None = None,
     activation_memory: int | str | None = "one call",
     block_checkpointing: bool = False,
+    whole_chain: bool = False,
     **options: Any,
 ) -> Tensor:
     """The final latents of a stock pipeline, with a graph to the gates on its denoiser.
@@ -59,11 +60,13 @@ def draw_latents(
             "8GiB"): as many of the last calls as fit keep their graph, which saves their second forward. None: all
             keep it, plain backpropagation.
         block_checkpointing: recompute block by block inside a call: less memory, a third forward.
+        whole_chain: return the latents after every solver step, not after the last alone.
         **options: of the pipeline's call: num_inference_steps, guidance_scale, negative_prompt, height, width, ...
             A negative prompt given as one string is repeated for each row.
 
     Returns:
-        Shape `(rows, ...)`, as the pipeline's denoiser sees them: float32 or the pipeline's dtype.
+        Shape `(rows, ...)`, or `(steps, rows, ...)` of the whole chain, as the pipeline's denoiser sees them: float32
+        or the pipeline's dtype.
 
     Raises:
         GenpruneError: an option is unknown, prompts and seeds do not fit, the solver breaks the graph, the latents
@@ -90,6 +93,8 @@ def draw_latents(
             f"the final latents of {type(pipe).__name__} do not depend on gates.parameters(); expected gates attached "
             f"to pipe.{slot}, and a pipeline that does not detach. Attach them with genprune.gates.attach_gates."
         )
+    if whole_chain:
+        return torch.stack(run.chain_latents)[:, : len(seeds)]
     return latents[: len(seeds)]  # some pipelines step both halves of guidance
 
 
@@ -103,7 +108,7 @@ class _Run:
         self.copy.__dict__[slot] = ChainedDenoiser(chain)
         self.copy.__dict__["_all_hooks"] = []  # the original moves its offloaded models, below
         self.step = self.copy.scheduler.step
-        self.last: Tensor | None = None
+        self.chain_latents: list[Tensor] = []
 
         @functools.wraps(self.step)  # pipelines read from its signature whether a solver takes eta and generator
         def counted(*args: Any, **kwargs: Any) -> Any:
@@ -123,12 +128,12 @@ class _Run:
         finally:
             if hasattr(self.pipe, "maybe_free_model_hooks"):
                 self.pipe.maybe_free_model_hooks()
-        if self.last is None:
+        if not self.chain_latents:
             raise GenpruneError(
                 f"{type(self.pipe).__name__} made no step of its {type(self.copy.scheduler).__name__}; expected at "
                 "least one. Pass num_inference_steps of 1 or more."
             )
-        return self.last
+        return self.chain_latents[-1]
 
     def counted_step(self, *args: Any, **kwargs: Any) -> Any:
         output = self.step(*args, **kwargs)
@@ -142,7 +147,7 @@ class _Run:
                 "bfloat16 or float32, or lower guidance_scale."
             )
         self._check_connected(args[0] if args else kwargs["model_output"], latents)
-        self.last = latents
+        self.chain_latents.append(latents)
         if self.chain.step == self.chain.steps:
             raise _LastStep
         return output

@@ -21,12 +21,14 @@ from genprune.masks.step_gates import LearnedGates
 def row_losses(result: Tensor, dense: Tensor, loss: str) -> Tensor:
     """Distance of each row of `(rows, ...)`, shape `(rows,)`, float32.
 
-    `rel_l2` is `|r - d|^2 / |d|^2`, which has no scale; `mse` and `l1` are means over a row.
+    `rel_l2` is `|r - d|^2 / |d|^2`, which has no scale, and `rel_norm` its square root, in which few bad rows weigh
+    less; `mse` and `l1` are means over a row.
     """
     result, dense = result.float().flatten(1), dense.float().flatten(1)
     difference = result - dense
-    if loss == "rel_l2":
-        return difference.square().sum(1) / dense.square().sum(1).clamp(min=1e-12)
+    if loss in ("rel_l2", "rel_norm"):
+        relative = difference.square().sum(1) / dense.square().sum(1).clamp(min=1e-12)
+        return relative if loss == "rel_l2" else (relative + 1e-12).sqrt()  # no infinite slope at a perfect row
     return difference.square().mean(1) if loss == "mse" else difference.abs().mean(1)
 
 
@@ -43,13 +45,15 @@ class DenseLatents:
         self.kept: dict[tuple, Tensor] = {}
 
     @torch.no_grad()
-    def of(self, batch: TrajectoryBatch) -> Tensor:
-        """Shape `(rows, ...)`."""
-        if batch.key is not None and batch.key in self.kept:
-            return self.kept[batch.key]
-        latents = draw_latents(self.pipe, **arguments(self.pipe, batch, self.options)).detach()
-        if batch.key is not None:
-            self.kept[batch.key] = latents.cpu()
+    def of(self, batch: TrajectoryBatch, whole_chain: bool = False) -> Tensor:
+        """Shape `(rows, ...)`, or `(steps, rows, ...)` of the whole chain."""
+        key = None if batch.key is None else (*batch.key, whole_chain)
+        if key in self.kept:
+            return self.kept[key]
+        given = arguments(self.pipe, batch, self.options)
+        latents = draw_latents(self.pipe, whole_chain=whole_chain, **given).detach()
+        if key is not None:
+            self.kept[key] = latents.cpu()
         return latents
 
 
@@ -78,16 +82,39 @@ def trajectory_loss(
     Reference:
         EcoDiff (arXiv 2412.02852): the reconstruction term, through the whole chain.
     """
+    latents, target = _latents(pipe, gates, dense, batch, settings, whole_chain=False)
+    return row_losses(latents, target, settings.loss).sum() / batch.rows
+
+
+def chain_loss(
+    pipe, gates: LearnedGates, dense: DenseLatents, batch: TrajectoryBatch, settings: MaskTraining
+) -> Tensor:
+    """As `trajectory_loss`, of the latents after every solver step: the mean over the chain.
+
+        L = mean_rows mean_k d(z_k, z_k,mask)
+
+    Every step is told what it did wrong, also where late steps mend or multiply an early error.
+    """
+    latents, target = _latents(pipe, gates, dense, batch, settings, whole_chain=True)
+    losses = row_losses(latents.flatten(0, 1), target.flatten(0, 1), settings.loss)  # (steps * rows,)
+    return losses.sum() / (len(latents) * batch.rows)
+
+
+def _latents(
+    pipe, gates: LearnedGates, dense: DenseLatents, batch: TrajectoryBatch, settings: MaskTraining, whole_chain: bool
+) -> tuple[Tensor, Tensor]:
+    """Latents of the masked pipeline, with their graph, and of the dense one."""
     gates.open()
-    target = dense.of(batch)
+    target = dense.of(batch, whole_chain)
     latents = draw_latents(
         pipe,
         gates=gates,
         activation_memory=settings.activation_memory,
         block_checkpointing=settings.block_checkpointing,
+        whole_chain=whole_chain,
         **arguments(pipe, batch, dense.options),
     )
-    return row_losses(latents, target.to(latents.device), settings.loss).sum() / batch.rows
+    return latents, target.to(latents.device)
 
 
 def per_step_loss(
@@ -110,4 +137,4 @@ def per_step_loss(
     return row_losses(prediction, call.output, settings.loss).mean() * len(batch.seeds) / batch.rows
 
 
-OBJECTIVES = {"trajectory": trajectory_loss, "per_step": per_step_loss}
+OBJECTIVES = {"trajectory": trajectory_loss, "chain": chain_loss, "per_step": per_step_loss}

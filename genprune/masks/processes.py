@@ -13,6 +13,14 @@ def process_rank() -> tuple[int, int]:
     return 0, 1
 
 
+def averaged(value: float, device: torch.device) -> float:
+    """The mean over all processes: what each measured by itself may differ in the last digits."""
+    world = process_rank()[1]
+    if world == 1:
+        return value
+    return float(summed([torch.tensor([value], dtype=torch.float64, device=device)])[0]) / world
+
+
 def summed(tensors: list[Tensor]) -> list[Tensor]:
     """Each tensor summed over all processes, in one message."""
     if process_rank()[1] == 1:

@@ -11,8 +11,8 @@ from genprune.masks.hard_concrete import HardConcrete
 from genprune.masks.penalties import check_penalty
 from genprune.sites import KINDS
 
-LOSSES = ("rel_l2", "mse", "l1")
-OBJECTIVES = ("trajectory", "per_step")
+LOSSES = ("rel_l2", "rel_norm", "mse", "l1")
+OBJECTIVES = ("trajectory", "chain", "per_step")
 
 
 @dataclass(frozen=True)
@@ -30,9 +30,10 @@ class MaskTraining:
         temperature, damping: of the hard concrete, see `HardConcrete`.
         penalty: `smooth_l0`, `expected_l0`, or the published `absolute` and `flat_sigmoid`; weighted by unit costs.
         anneal: share of the steps over which the expected cost is brought down to the budget, in (0, 1].
-        objective: `trajectory` compares final latents after the whole denoising chain; `per_step` (an ablation)
+        objective: `trajectory` compares final latents after the whole denoising chain, `chain` the latents after
+            every step of it, both with gradients through all steps; `per_step` (an ablation)
             compares the denoiser's outputs on the dense model's own inputs, one random step a batch row.
-        loss: `rel_l2` (squared distance over squared norm, row by row), `mse` or `l1`.
+        loss: `rel_l2` (squared distance over squared norm, row by row), its root `rel_norm`, `mse` or `l1`.
         denoising_steps: of every trajectory, >= 1.
         guidance_scale: None: the pipeline's default; a number; or (low, high), drawn anew for each trajectory.
         noises_per_prompt: different starting noises of a prompt; its dense targets are kept. None: always new ones.

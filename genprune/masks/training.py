@@ -15,13 +15,14 @@ from torch import Tensor
 
 from genprune.errors import BudgetUnreachable, GenpruneError
 from genprune.families import denoiser
+from genprune.files import whole_file
 from genprune.masks.batches import PromptBatches
 from genprune.masks.budget import BudgetController, expected_share
 from genprune.masks.checkpoints import Progress, checkpoints, load_checkpoint, save_checkpoint
 from genprune.masks.logits import MaskLogits, check_finite
 from genprune.masks.objectives import OBJECTIVES, DenseLatents
 from genprune.masks.penalties import PENALTIES
-from genprune.masks.processes import process_rank, summed
+from genprune.masks.processes import averaged, process_rank, summed
 from genprune.masks.settings import MaskTraining
 from genprune.masks.step_gates import LearnedGates
 from genprune.masks.validation import PlanLook
@@ -67,6 +68,8 @@ class TrainedMasks:
     figures: dict[str, float]
 
 
+@torch.inference_mode(False)
+@torch.enable_grad()
 def train_masks(
     problem: MaskProblem,
     settings: MaskTraining,
@@ -127,7 +130,8 @@ def train_masks(
         figures |= {"validation_loss": state.best_loss, "best_step": state.best_step}
     if output_dir is not None and run.rank == 0:
         MaskLogits(logits).save(Path(output_dir) / LOGITS, run.described)
-        (Path(output_dir) / CURVE).write_text(json.dumps(state.curve, indent=1) + "\n")
+        with whole_file(Path(output_dir) / CURVE) as written:
+            written.write_text(json.dumps(state.curve, indent=1) + "\n")
     return TrainedMasks(logits, state.curve, figures)
 
 
@@ -244,7 +248,8 @@ class _Run:
     def look(self, state: Progress) -> None:
         """Compare the plan that would come out now with the dense pipeline; remember the best."""
         try:
-            loss = self.looker.loss(self.logits.detached(), self.gates)
+            # the same on all processes, or one would stop while the others wait for it
+            loss = averaged(self.looker.loss(self.logits.detached(), self.gates), self.device)
         except BudgetUnreachable as error:  # coarse units: this ranking meets the budget nowhere, a later one may
             logger.warning("no look after step %d: %s", state.step, error)
             return

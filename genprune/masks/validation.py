@@ -30,7 +30,7 @@ class PlanLook:
     def __init__(
         self, problem: MaskProblem, dense: DenseLatents, settings: MaskTraining, count: int, seed: int
     ) -> None:
-        self.problem, self.dense, self.loss_name = problem, dense, settings.loss
+        self.problem, self.dense = problem, dense
         prompts = problem.prompts[-count:] if problem.prompts is not None else None
         rows = count if prompts is None else len(prompts)
         seeds = tuple(2**31 + seed * 1_000_003 + row for row in range(rows))
@@ -41,10 +41,10 @@ class PlanLook:
 
     @torch.no_grad()
     def loss(self, logits: Mapping[str, Tensor], gates: LearnedGates) -> float:
-        """Mean distance of the gated pipeline's latents from the dense ones."""
+        """Mean squared distance of the gated pipeline's final latents from the dense ones, over their squared norm."""
         gates.open()
         dense = self.dense.of(self.batch)
         gates.fix(self.problem.select(logits))
         latents = draw_latents(self.problem.pipe, **arguments(self.problem.pipe, self.batch, self.dense.options))
         gates.open()
-        return float(row_losses(latents, dense.to(latents.device), self.loss_name).mean())
+        return float(row_losses(latents, dense.to(latents.device), "rel_l2").mean())

@@ -10,7 +10,7 @@ import torch
 from mask_cases import problem_of, small_dit_pipeline, trained
 
 from genprune.masks import MaskLogits
-from genprune.masks.processes import process_rank, summed
+from genprune.masks.processes import averaged, process_rank, summed
 
 TESTS = Path(__file__).resolve().parent.parent
 SCRIPT = """
@@ -63,3 +63,4 @@ def test_two_processes_equal_one_with_twice_the_batch(tmp_path):
 def test_one_process_sums_nothing():
     tensors = [torch.ones(2, 3), torch.ones(())]
     assert process_rank() == (0, 1) and summed(tensors) is tensors
+    assert averaged(0.1, torch.device("cpu")) == 0.1

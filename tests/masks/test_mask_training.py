@@ -57,6 +57,12 @@ def folder(finished, tmp_path):
     return tmp_path / "run"
 
 
+def test_it_learns_where_gradients_are_off_outside(problem):
+    with torch.inference_mode():
+        quiet = trained(problem, train_steps=2)
+    assert same_logits(quiet.logits, trained(problem, train_steps=2).logits)
+
+
 def test_what_a_run_leaves(finished, problem):
     outcome, folder = finished
     assert [path.name for path in checkpoints(folder)] == ["checkpoint-000004", "checkpoint-000006"]

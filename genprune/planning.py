@@ -16,6 +16,7 @@ from torch import nn
 from genprune.costs import dense_costs, site_costs
 from genprune.costs import operating_point as operating_point_of
 from genprune.cutting import cut, plan_base, pruned_widths
+from genprune.denoising.capture import image_size
 from genprune.errors import GenpruneError
 from genprune.families import OperatingPoint, denoiser, family_of, find_sites
 from genprune.methods import Method
@@ -88,7 +89,7 @@ def score(
     costs = site_costs(model, point, sites)
     # Budgets count against the dense model, also where an earlier cut made this one smaller.
     dense = dense_costs(model, **dataclasses.asdict(point)) if pruned_widths(model) else costs.total
-    size = _image_size(target, point) if operating_point else {}
+    size = image_size(target, point) if operating_point else {}
     context = ScoringContext(
         target=target,
         sites=chosen,
@@ -163,9 +164,3 @@ def _point(model: nn.Module, given: OperatingPoint | Mapping[str, int] | None) -
     if isinstance(given, OperatingPoint):
         given = dataclasses.asdict(given)
     return operating_point_of(model, **(given or {}))
-
-
-def _image_size(target, point: OperatingPoint) -> dict[str, int]:
-    """Height and width in image pixels that give a pipeline's denoiser its operating point."""
-    factor = getattr(target, "vae_scale_factor", None)
-    return {} if factor is None else {"height": point.height * factor, "width": point.width * factor}

@@ -198,7 +198,9 @@ def prune_to_folder(
         return plan
     if compensate:
         say(f"Compensating: {compensate}")
-        settings = {"method": compensate, "seed": method.seed, "pipeline_options": options}
+        given = dict(options or {})
+        guidance = given.pop("guidance_scale", None)
+        settings = {"method": compensate, "seed": method.seed, "guidance_scale": guidance, "pipeline_options": given}
         done = gp.compensate(target, plan, prompts, progress=progress, **settings)
         noted = {"method": compensate, "seed": method.seed, "layers": len(done.errors)}
         plan = dataclasses.replace(plan, made_by={**plan.made_by, "compensation": noted})

@@ -218,6 +218,15 @@ def test_bad_targets_and_data_are_refused(pipe):
         gp.make_plan(pipe, gp.Random(), operating_point={"size": 3})
 
 
+def test_pipeline_options_that_are_settings_are_refused(pipe):
+    for options, advice in (
+        ({"guidance_scale": 3.0}, r"guidance_scale=3.0 is a setting of gp.OBS; .* Pass gp.OBS\(guidance_scale=3.0\)"),
+        ({"num_inference_steps": 2}, r"num_inference_steps=2 is a setting of gp.OBS; .* Pass gp.OBS\(steps=2\)"),
+    ):
+        with pytest.raises(GenpruneError, match=advice):
+            gp.score(pipe, gp.OBS(**FAST), prompts=PROMPTS, pipeline_options=options, progress=False)
+
+
 def test_a_failed_run_leaves_the_model_as_it_was(pipe):
     before = state_of(pipe.unet)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from genprune.errors import BadCalibrationData, GenpruneError, nearest
-from genprune.families import denoiser, denoiser_slot
+from genprune.families import OperatingPoint, denoiser, denoiser_slot
 
 
 @dataclass(frozen=True)
@@ -133,8 +133,8 @@ def capture_runs(
         `Run`, in sample order.
 
     Raises:
-        BadCalibrationData: prompts are missing, empty or no strings. GenpruneError: an option that the pipeline does
-        not have.
+        BadCalibrationData: prompts are missing, empty or no strings, or the pipeline draws by class label.
+        GenpruneError: an option that the pipeline does not have.
     """
     if denoiser_slot(pipe) is None:
         raise BadCalibrationData(
@@ -144,6 +144,12 @@ def capture_runs(
     prompts = checked_prompts(pipe, prompts)
     samples = samples or (len(prompts) if prompts else 16)
     accepted = inspect.signature(type(pipe).__call__).parameters
+    if prompts is None and "batch_size" not in accepted:
+        raise BadCalibrationData(
+            f"{type(pipe).__name__} draws neither from prompts nor without any, but by class label, say; expected one "
+            "of those two. Learn masks with gp.EcoDiff, which takes class labels as prompts, or pass the bare "
+            f"{type(denoiser(pipe)).__name__} with data=[(inputs, target), ...]."
+        )
     for name in options:
         if name not in accepted:
             raise GenpruneError(
@@ -174,6 +180,30 @@ def for_rows(options: Mapping[str, Any], rows: int) -> dict[str, Any]:
         name: [value] * rows if name.startswith("negative_prompt") and isinstance(value, str) else value
         for name, value in options.items()
     }
+
+
+def check_not_settings(options: Mapping[str, Any], settings: Iterable[str], owner: str) -> None:
+    """Raises `GenpruneError` for an option of a pipeline's call that is decided by a setting of the caller's.
+
+    Args:
+        settings: names that `owner` takes itself.
+        owner: as a user writes it, such as `gp.OBS`.
+    """
+    decided = {name: name for name in settings}
+    if "steps" in decided:
+        decided["num_inference_steps"] = "steps"
+    for name, value in options.items():
+        if name in decided:
+            raise GenpruneError(
+                f"the pipeline option {name}={value!r} is a setting of {owner}; expected it there. Pass "
+                f"{owner}({decided[name]}={value!r})."
+            )
+
+
+def image_size(pipe, point: OperatingPoint) -> dict[str, int]:
+    """Height and width in image pixels that give a pipeline's denoiser its operating point; {} for a bare model."""
+    factor = getattr(pipe, "vae_scale_factor", None)
+    return {} if factor is None else {"height": point.height * factor, "width": point.width * factor}
 
 
 def checked_prompts(pipe, prompts: Sequence[str] | None) -> list[str] | None:

@@ -14,6 +14,7 @@ from genprune.allocation import ALLOCATIONS
 from genprune.allocation.request import check_budget, check_kinds
 from genprune.costs import Costs, SiteCosts
 from genprune.criteria import Criterion, checked_scores, criterion_named
+from genprune.denoising.capture import check_not_settings
 from genprune.errors import GenpruneError, NoMatchingSites, nearest
 from genprune.families import denoiser
 from genprune.sites import KINDS, Sites
@@ -125,6 +126,8 @@ class Method:
 
     def values(self, context: ScoringContext) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Site name -> scores of shape `(size,)`, higher = keep; and what else is worth noting in a plan."""
+        settings = [field.name for field in dataclasses.fields(self)]
+        check_not_settings(context.options, settings, f"gp.{type(self).__name__}")
         criterion = self.criterion()
         calibration = self.calibration(
             context.target, context.prompts, context.data, context.loss_fn, context.options, context.progress

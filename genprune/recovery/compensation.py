@@ -26,6 +26,7 @@ from genprune.denoising.activations import (
     taps,
     weight_matrix,
 )
+from genprune.denoising.capture import check_not_settings, image_size
 from genprune.denoising.replay import STEP_WEIGHTS, ModelCall, check_step_weights, recorded_calls
 from genprune.errors import GenpruneError, PlanMismatch
 from genprune.families import OperatingPoint, denoiser, find_sites
@@ -38,6 +39,7 @@ from genprune.sites import Sites, Slice, effective_keep, kept_entries
 from genprune.untouched import untouched
 
 METHODS = ("least_squares", "bias")
+_SAMPLING = ("samples", "steps", "timesteps", "guidance_scale", "batch_size", "seed")  # how a pipeline draws
 SEQUENTIAL_PACKAGE = 8  # layers that are measured together, where no number is given
 logger = logging.getLogger(__name__)
 
@@ -128,6 +130,12 @@ def compensate(
     check_step_weights(step_weights)
     if isinstance(damping, bool) or not isinstance(damping, (int, float)) or not 0 <= damping < float("inf"):
         raise GenpruneError(f"damping={damping!r}; expected a number of at least 0, such as 0.01.")
+    options = dict(pipeline_options or {})
+    check_not_settings(options, _SAMPLING, "gp.compensate")
+    if operating_point is not None:
+        if not isinstance(operating_point, OperatingPoint):
+            operating_point = operating_point_of(model, **operating_point)
+        options = image_size(target, operating_point) | options
     check_cuttable(model)
     sites = find_sites(model)
     check_plan(model, plan, sites)
@@ -154,8 +162,7 @@ def compensate(
             batch_size=batch_size,
             seed=seed,
             progress=progress,
-            **_image_size(target, operating_point),
-            **(pipeline_options or {}),
+            **options,
         )
         solve = _Solve(model, kept, method, damping)
         run = _sequential if sequential else _at_once
@@ -261,13 +268,3 @@ def _sequential(solve: _Solve, calls: list[ModelCall], sites, keep, modules_per_
         for path, (residual, positions) in measured.items():
             solve.exchange.put(path, *solve.new_values(path, residual, positions))
         solved.update(group)
-
-
-def _image_size(target, point: OperatingPoint | Mapping[str, int] | None) -> dict[str, int]:
-    """Height and width in image pixels of the pictures to draw; empty for the pipeline's default."""
-    factor = getattr(target, "vae_scale_factor", None)
-    if point is None or factor is None:
-        return {}
-    if not isinstance(point, OperatingPoint):
-        point = operating_point_of(target, **point)
-    return {"height": point.height * factor, "width": point.width * factor}

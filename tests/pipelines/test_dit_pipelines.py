@@ -15,6 +15,7 @@ from diffusers import DiffusionPipeline
 from tiny_pipelines import dit_pipeline, pixart_alpha_pipeline, pixart_sigma_pipeline
 
 import genprune as gp
+from genprune.errors import BadCalibrationData
 
 MAKERS = {"dit": dit_pipeline, "alpha": pixart_alpha_pipeline, "sigma": pixart_sigma_pipeline}
 
@@ -88,3 +89,9 @@ def test_repositories_that_name_the_old_class(name, tmp_path):
     loaded.save_pretrained(tmp_path / "small")
     again = DiffusionPipeline.from_pretrained(tmp_path / "small")
     same_state(again.transformer, gp.cut(pipe, plan).transformer)
+
+
+@pytest.mark.parametrize("method", [gp.Taylor(), gp.OBS()], ids=lambda method: method.name)
+def test_methods_that_cannot_draw_by_class_label_say_so(method):
+    with pytest.raises(BadCalibrationData, match="DiTPipeline draws neither .* Learn masks with gp.EcoDiff"):
+        gp.score(dit_pipeline(), method, prompts=[0, 1], progress=False)

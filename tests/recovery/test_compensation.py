@@ -14,6 +14,7 @@ import genprune as gp
 from genprune.cutting import plan_base
 from genprune.errors import BadCalibrationData, GenpruneError, PlanMismatch
 from genprune.plan import PruningPlan
+from genprune.recovery.exchange import Exchange
 
 NARROW = ("heads", "neurons", "channels")
 MODES = [("bias", False), ("least_squares", False), ("least_squares", True)]
@@ -203,6 +204,27 @@ def test_a_failed_run_leaves_the_model_as_it_was(sequential):
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
+def test_an_interrupt_between_dense_and_new_weights_is_undone_whole(monkeypatch):
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+    before = copy.deepcopy(model.state_dict())
+    exchange = Exchange(model)
+    for path in ("0", "1"):
+        exchange.put(path, torch.zeros(2, 2), torch.zeros(2))
+    whole = exchange._show
+
+    def interrupted(values):
+        first = next(iter(values))
+        whole({first: values[first]})
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(exchange, "_show", interrupted)
+    with pytest.raises(KeyboardInterrupt), exchange.dense():
+        pass
+    monkeypatch.undo()
+    exchange.restore()
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
 def test_too_little_data_warns_once(caplog):
     dense = dense_run("vit")
     one = {"x": dense.inputs["x"][:1]}
@@ -219,6 +241,8 @@ def test_bad_calls_are_refused():
         GenpruneError, match="method='ols', nearest name: .*; expected one of least_squares, bias|expected one"
     ):
         compensate(model, plan, [dense.inputs], method="ols")
+    with pytest.raises(GenpruneError, match=r"guidance_scale=2 is a setting of gp.compensate; .*guidance_scale=2\)"):
+        compensate(model, plan, [dense.inputs], pipeline_options={"guidance_scale": 2})
     with pytest.raises(GenpruneError, match="damping=-1; expected a number of at least 0"):
         compensate(model, plan, [dense.inputs], damping=-1)
     with pytest.raises(PlanMismatch, match="the plan is for VisionTransformer, the model is UNet2DConditionModel"):

@@ -126,6 +126,7 @@ class _Run:
         except _LastStep:
             pass
         finally:
+            vars(self.copy.scheduler).pop("step", None)  # it holds this run, which would outlive it in a cycle
             if hasattr(self.pipe, "maybe_free_model_hooks"):
                 self.pipe.maybe_free_model_hooks()
         if not self.chain_latents:

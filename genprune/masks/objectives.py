@@ -122,7 +122,7 @@ def per_step_loss(
 ) -> Tensor:
     """The ablation: distance of the denoiser's outputs at one step of the dense chain, on the dense chain's inputs.
 
-    As many calls are made as `denoising_steps` allow for the cost of one trajectory: all of them.
+    The dense chain is drawn whole, one of its calls is picked at random, and that one alone has a graph.
     """
     gates.open()
     model = denoiser(pipe)

@@ -32,7 +32,7 @@ class MaskTraining:
         anneal: share of the steps over which the expected cost is brought down to the budget, in (0, 1].
         objective: `trajectory` compares final latents after the whole denoising chain, `chain` the latents after
             every step of it, both with gradients through all steps; `per_step` (an ablation)
-            compares the denoiser's outputs on the dense model's own inputs, one random step a batch row.
+            compares the denoiser's outputs on the dense model's own inputs, one random call of each trajectory.
         loss: `rel_l2` (squared distance over squared norm, row by row), its root `rel_norm`, `mse` or `l1`.
         denoising_steps: of every trajectory, >= 1.
         guidance_scale: None: the pipeline's default; a number; or (low, high), drawn anew for each trajectory.

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
 from chain_cases import CASES, NoisyGates, drawn, gradients, relative_error
+from tiny_pipelines import ddpm_pipeline
 from torch import nn
 
+from genprune.denoising import draw_latents, trajectory
 from genprune.denoising.activation_memory import KeptGraphs, SavedBytes, memory_bytes
 from genprune.errors import GenpruneError
 from genprune.families import denoiser
@@ -185,3 +189,14 @@ def test_full_memory_says_what_to_switch_on(euler, settings, advice):
             with full.handle, pytest.raises(GenpruneError, match=advice):
                 drawn(pipe, case, gates=gates, **settings).square().mean().backward()
     assert all(p.requires_grad for p in pipe.unet.parameters())
+
+
+def test_no_run_waits_for_the_garbage_collector():
+    gc.collect()
+    gc.disable()
+    try:
+        with torch.no_grad():
+            draw_latents(ddpm_pipeline(), seeds=[0], num_inference_steps=2)
+        assert not [each for each in gc.get_objects() if type(each) is trajectory._Run]
+    finally:
+        gc.enable()

@@ -38,7 +38,7 @@ def judge_base(base: Base, judge: Judge, arguments: argparse.Namespace) -> dict:
     dense = Dense(latents, pictures, judge.grade(pictures, judge.scenes)["grade(all)"].double())
     rows = {"dense": {"costs": {}, **judge.figures(pictures, latents, None)}}
     for candidate in candidates(base, arguments.quick):
-        if candidate.method in arguments.without:
+        if candidate.method in arguments.without or (arguments.budgets and candidate.budget not in arguments.budgets):
             continue
         file = folder / f"{candidate.slug}.json"
         if not file.is_file():
@@ -89,6 +89,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "--work", type=Path, default=Path("runs/ecodiff"), help="scores, checkpoints and drawn pictures"
     )
     parser.add_argument("--without", nargs="+", default=(), help="leave these methods out, for another process to do")
+    parser.add_argument("--budgets", nargs="+", metavar="KEEP-OF", help="only these, such as 0.7-macs")
     parser.add_argument("--out", type=Path, help="JSON to write; default: print it")
     parser.add_argument("--docs", type=Path, help="docs folder whose page and picture grids are written")
     parser.add_argument("--train_steps", type=int, default=150, help="optimiser steps of the masks")

@@ -48,8 +48,12 @@ class Candidate:
         return label + (f" + {self.compensation.replace('_', ' ')}" if self.compensation else "")
 
     @property
+    def budget(self) -> str:
+        return f"{self.keep:g}-{self.of}"
+
+    @property
     def slug(self) -> str:
-        return f"{self.label.replace(', ', '-').replace(' ', '-')}@{self.keep:g}-{self.of}"
+        return f"{self.label.replace(', ', '-').replace(' ', '-')}@{self.budget}"
 
     def to_json(self) -> dict:
         return {"label": self.label, **asdict(self)}

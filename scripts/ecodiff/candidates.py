@@ -67,10 +67,9 @@ def candidates(base: Base, quick: bool) -> list[Candidate]:
         found += [Candidate(method, keep, of) for method in METHODS if main or "seed" not in method]
         compensated = COMPENSATED if (keep, of) in (MAIN, HALF) else ("obs", "ecodiff")
         found += [Candidate(method, keep, of, "least_squares") for method in compensated]
-        if (keep, of) in (MAIN, HALF):
-            found += [Candidate(method, keep, of, "sequential") for method in ("obs", "ecodiff")]
-            found += [Candidate("ecodiff", keep, of, shuffle=seed) for seed in range(3 if main else 1)]
         if main:
+            found += [Candidate(method, keep, of, "sequential") for method in ("obs", "ecodiff")]
+            found += [Candidate("ecodiff", keep, of, shuffle=seed) for seed in range(3)]
             found += [Candidate(method, keep, of, "bias") for method in ("obs", "ecodiff")]
         if of == "macs":
             found.append(Candidate(None, keep, of))

@@ -183,7 +183,7 @@ def test_a_sharper_share_answers_less_to_decided_logits():
         expected_share(logits, HardConcrete(), sites, {"a:neurons": 1 / 3}, 1.0, sharpness)
         for sharpness in (0, 0.5, 1)
     )
-    assert float(blend) == pytest.approx((float(blunt) + float(sharp)) / 2)
+    assert float(blend.detach()) == pytest.approx(float(blunt.detach() + sharp.detach()) / 2)
     (gradient,) = torch.autograd.grad(sharp, logits["a:neurons"], retain_graph=True)
     assert not gradient.any()  # the noise of a damping of 0.5 reaches 1.1
     (gradient,) = torch.autograd.grad(blunt, logits["a:neurons"])

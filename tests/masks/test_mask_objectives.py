@@ -11,7 +11,14 @@ from mask_cases import OPTIONS, QUICK, DenoiserCalls, learned_gates, relative_er
 from genprune.denoising import draw_latents
 from genprune.masks import MaskTraining
 from genprune.masks.batches import TrajectoryBatch
-from genprune.masks.objectives import DenseLatents, arguments, per_step_loss, row_losses, trajectory_loss
+from genprune.masks.objectives import (
+    DenseLatents,
+    arguments,
+    chain_loss,
+    per_step_loss,
+    row_losses,
+    trajectory_loss,
+)
 
 BATCH = TrajectoryBatch(("a cat", "two dogs"), (3, 4), rows=2, key=("fixed",))
 SETTINGS = MaskTraining(**QUICK)
@@ -40,6 +47,32 @@ def test_pitfalls_5_6_7_14_the_gradient_is_that_of_plain_backpropagation(request
     assert relative_error(found, expected) < 1e-5
     other_draw, gradients = loss_and_gradients(pipe, OPTIONS[case], draw=1)
     assert relative_error(gradients, expected) > 1e-2 and other_draw != loss  # so that the test can fail
+
+
+@pytest.mark.parametrize("case", ["sd", "flux true guidance"])
+def test_the_chain_objective_compares_the_latents_after_every_step(request, case):
+    pipe = request.getfixturevalue(case.split()[0])
+    loss, found = loss_and_gradients(pipe, OPTIONS[case], function=chain_loss)
+    settings = dataclasses.replace(SETTINGS, activation_memory=None)
+    plain, expected = loss_and_gradients(pipe, OPTIONS[case], settings, function=chain_loss)
+    assert torch.equal(loss, plain) and relative_error(found, expected) < 1e-5
+    with learned_gates(pipe) as gates, torch.no_grad():
+        given = arguments(pipe, BATCH, {"num_inference_steps": SETTINGS.denoising_steps} | OPTIONS[case])
+        gates.open()
+        dense = draw_latents(pipe, whole_chain=True, **given)
+        assert torch.equal(dense[-1], draw_latents(pipe, **given)) and len(dense) == SETTINGS.denoising_steps
+        masked = draw_latents(pipe, gates=gates, whole_chain=True, **given)
+    by_hand = torch.stack([row_losses(a, b, SETTINGS.loss) for a, b in zip(masked, dense)]).mean()
+    assert float(loss) == pytest.approx(float(by_hand), rel=1e-5)
+
+
+def test_the_root_of_the_relative_distance_is_finite_where_rows_agree():
+    result = torch.tensor([[3.0, 4.0], [1.0, 0.0]], requires_grad=True)
+    dense = torch.tensor([[3.0, 4.0], [0.0, 2.0]])
+    losses = row_losses(result, dense, "rel_norm")
+    assert torch.allclose(losses, row_losses(result, dense, "rel_l2").sqrt(), atol=1e-5)
+    (gradient,) = torch.autograd.grad(losses.sum(), result)
+    assert torch.isfinite(gradient).all() and not gradient[0].any() and gradient[1].any()
 
 
 def test_pitfall_13_target_and_student_start_from_the_same_noise(sd):

@@ -73,12 +73,13 @@ def _percent(interval: dict) -> str:
     return f"{interval['estimate']:.1%} [{interval['low']:.1%}, {interval['high']:.1%}]"
 
 
-def _grid(rows: dict, folder: Path, prompts: list[str], path: Path, columns: int = 8) -> bool:
+def _grid(rows: dict, folder: Path, prompts: list[str], path: Path, columns: int = 6) -> bool:
     """One row of pictures for each main candidate at 70 % of MACs."""
     from scripts.miniature.pictures import contact_sheet
 
-    labels = {row.get("label", name): name for name, row in rows.items() if row.get("keep", 0.7) == 0.7}
-    labels = {label: name for label, name in labels.items() if name == "dense" or name.endswith("@0.7-macs")}
+    labels = {
+        row.get("label", name): name for name, row in rows.items() if name == "dense" or name.endswith("@0.7-macs")
+    }
     pictures, captions = [], []
     for label in GRID:
         if label in labels and (folder / f"{labels[label]}.safetensors").is_file():
@@ -90,5 +91,5 @@ def _grid(rows: dict, folder: Path, prompts: list[str], path: Path, columns: int
     import numpy as np
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    contact_sheet(np.concatenate(pictures), path, columns=columns, zoom=1, captions=captions)
+    contact_sheet(np.concatenate(pictures), path, columns=columns, zoom=2, captions=captions)
     return True

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from genprune.allocation import Request, default_kinds, fit
+from genprune.allocation import default_kinds, fit
 from genprune.costs import Costs, SiteCosts
 from genprune.errors import NoMatchingSites
 from genprune.plan import PlanBase, PruningPlan
@@ -57,18 +57,8 @@ class Scores:
                 f"no scores of kind '{unscored[0]}'; these are of {', '.join(scored)}. Score again with "
                 f"kinds={tuple(kinds)}."
             )
-        request = Request(
-            keep=method.keep,
-            of=method.of,
-            kinds=tuple(kinds),
-            allocation=method.allocation,
-            min_keep=method.min_keep,
-            round_to=method.round_to,
-            max_width_classes=method.max_width_classes,
-            protect=method.protect,
-        )
         additive = method.facts().additive
-        fitted = fit(self.values, self.costs, self.dense, request, additive)
+        fitted = fit(self.values, self.costs, self.dense, method.request(kinds), additive)
         budget = {"keep": method.keep, "of": method.of, "reached": fitted.reached}
         figures = {
             "dense_params": self.dense.params,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from genprune.denoising.activation_memory import KeptGraphs, memory_bytes
-from genprune.denoising.capture import checked_prompts, quiet_copy, takes_prompts
+from genprune.denoising.capture import checked_prompts, for_rows, quiet_copy, takes_prompts
 from genprune.denoising.checkpointing import Chain, ChainedDenoiser, StepGates, told_when_full
 from genprune.denoising.switches import frozen
 from genprune.errors import GenpruneError, nearest
@@ -183,7 +183,7 @@ def _arguments(pipe, prompts: Sequence[str] | None, seeds: Sequence[int], option
     rows = len(seeds)
     if not rows or any(type(seed) is not int for seed in seeds):
         raise GenpruneError(f"seeds is {seeds!r}; expected at least one integer, one for each row. Pass seeds=[0].")
-    given = {key: [value] * rows if _is_negative_prompt(key, value) else value for key, value in options.items()}
+    given = for_rows(options, rows)
     if takes_prompts(pipe):
         if prompts is not None or "prompt_embeds" not in options:
             given["prompt"] = checked_prompts(pipe, prompts)
@@ -205,10 +205,6 @@ def _arguments(pipe, prompts: Sequence[str] | None, seeds: Sequence[int], option
     if missing := [key for key in needed if key not in given]:
         raise GenpruneError(f"{name} needs {missing[0]}, which was not given. Pass {missing[0]}=...")
     return given
-
-
-def _is_negative_prompt(key: str, value: Any) -> bool:
-    return key.startswith("negative_prompt") and isinstance(value, str)
 
 
 def _check_rows(what: str, values: Sequence, rows: int) -> None:

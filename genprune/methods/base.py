@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from genprune.allocation import ALLOCATIONS
+from genprune.allocation import ALLOCATIONS, Request
 from genprune.allocation.request import check_budget, check_kinds
 from genprune.costs import Costs, SiteCosts
 from genprune.criteria import Criterion, checked_scores, criterion_named
@@ -134,6 +134,19 @@ class Method:
         )
         scores = criterion.scores(denoiser(context.target), context.sites, calibration)
         return checked_scores(scores, context.sites, self.name), {}
+
+    def request(self, kinds: Sequence[str]) -> Request:
+        """The method's budget and constraints over these kinds of sites, as an allocation takes them."""
+        return Request(
+            keep=self.keep,
+            of=self.of,
+            kinds=tuple(kinds),
+            allocation=self.allocation,
+            min_keep=self.min_keep,
+            round_to=self.round_to,
+            max_width_classes=self.max_width_classes,
+            protect=self.protect,
+        )
 
     def changed(self, **changes: Any) -> Method:
         """A copy with other values. Raises `GenpruneError` for an unknown name or a value out of range."""

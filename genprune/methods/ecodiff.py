@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 
-from genprune.allocation import Request, default_kinds, fit
+from genprune.allocation import default_kinds, fit
 from genprune.allocation.request import eligible
 from genprune.errors import BadCalibrationData, GenpruneError, nearest
 from genprune.families import denoiser_slot
@@ -30,8 +30,6 @@ class EcoDiff(MaskTraining, Method):
     Reference:
         EcoDiff, "Learnable Sparsity for Vision Generative Models" (arXiv 2412.02852).
     """
-
-    kinds: tuple[str, ...] | None = None
 
     name: ClassVar[str] = "ecodiff"
     needs: ClassVar[tuple[str, ...]] = ("weights", "gradients", "training")
@@ -61,7 +59,7 @@ class EcoDiff(MaskTraining, Method):
             raise GenpruneError(
                 f"no EcoDiff recipe '{model}'{nearest(str(model), RECIPES)}; expected one of {', '.join(RECIPES)}."
             )
-        return replace(RECIPES[model]).changed(**changes)
+        return RECIPES[model].changed(**changes)
 
     @staticmethod
     def recipes() -> tuple[str, ...]:
@@ -94,16 +92,7 @@ class EcoDiff(MaskTraining, Method):
             dense = whole = sum(site.size for site in sites.values())
         else:
             dense, whole = getattr(context.dense, self.of), getattr(context.costs.total, self.of)
-        request = Request(
-            keep=self.keep,
-            of=self.of,
-            kinds=tuple(kinds),
-            allocation=self.allocation,
-            min_keep=self.min_keep,
-            round_to=self.round_to,
-            max_width_classes=self.max_width_classes,
-            protect=self.protect,
-        )
+        request = self.request(kinds)
         masked = eligible(context.costs.sites, request)
         problem = MaskProblem(
             pipe=context.target,

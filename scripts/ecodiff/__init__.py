@@ -1,0 +1,1 @@
+"""Parts of scripts/bench_ecodiff.py: the bases, the candidates and their plans, the figures, the page."""

@@ -16,7 +16,7 @@ HOSTS = ("diffusers", "timm", "transformers", "torchvision", "safetensors", "acc
 # Imports inside functions count as well; only `TYPE_CHECKING` blocks do not.
 FLOORS = (
     ("errors", "interrupts", "files", "plan_format", "plan", "miniature"),
-    ("sites", "replacements", "families"),
+    ("sites", "replacements", "operators", "families"),
     (
         "gates",
         "cutting",
@@ -33,7 +33,7 @@ FLOORS = (
         "untouched",
     ),
     ("denoising", "metrics"),
-    ("criteria", "masks", "allocation", "schedules", "recovery", "tokens", "scores"),
+    ("criteria", "masks", "allocation", "schedules", "recovery", "layers", "tokens", "scores"),
     ("methods", "planning"),
     ("routers",),
     ("pipelines",),

@@ -6,14 +6,19 @@ replacement holds a zero-element buffer under the name of every parameter that w
 
 from __future__ import annotations
 
-from typing import Self
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
 
 class Tombstone(nn.Module):
-    """Zero-element buffers under a removed module's parameter names, nested as they were."""
+    """Zero-element buffers under a removed module's parameter names, nested as they were.
+
+    `own` names the sub-modules that a stand-in has of its own: they were in no stock layer, and get no tombstone.
+    """
+
+    own: ClassVar[tuple[str, ...]] = ()
 
     @classmethod
     def of(cls, removed: nn.Module) -> Self:
@@ -25,10 +30,13 @@ class Tombstone(nn.Module):
     def bury(self, removed: nn.Module, keep: tuple[str, ...] = ()) -> None:
         """Add a tombstone for each tensor of `removed`, but for sub-modules named in `keep`."""
         tensors = [*removed.named_parameters(remove_duplicate=False), *removed.named_buffers(remove_duplicate=False)]
-        own = {f"{n}.index".lstrip(".") for n, m in removed.named_modules() if isinstance(m, ScatteredLinear)}
+        # What is ours is in no stock layer: cutting twice leaves the same names as cutting once.
+        ours = [f"{n}.index".lstrip(".") for n, m in removed.named_modules() if isinstance(m, ScatteredLinear)]
+        for path, module in removed.named_modules():
+            if isinstance(module, Tombstone):
+                ours += [f"{path}.{name}".lstrip(".") for name in module.own]
         for name, tensor in tensors:
-            # An index of ours is in no stock layer: cutting twice leaves the same names as cutting once.
-            if name not in own and not any(name == kept or name.startswith(f"{kept}.") for kept in keep):
+            if not any(name == kept or name.startswith(f"{kept}.") for kept in (*ours, *keep)):
                 self._place(name.split("."), tensor)
 
     def _place(self, path: list[str], tensor: Tensor) -> None:

@@ -1,3 +1,33 @@
-"""Operators: cheaper modules that stand in a host module's place, one file each, registered by name."""
+"""Operators: cheaper modules that stand in a host module's place, registered by name."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from genprune.errors import GenpruneError, nearest
+from genprune.operators.base import Operator
+from genprune.operators.dropped import DropResampler, DropSkip
+from genprune.operators.low_rank import LowRank
+
+OPERATORS: dict[str, type[Operator]] = {cls.name: cls for cls in (DropSkip, DropResampler, LowRank)}
+
+
+def operator_named(name: str) -> type[Operator]:
+    """The class of an operator. Raises `GenpruneError` for an unknown name."""
+    if name not in OPERATORS:
+        raise GenpruneError(
+            f"no operator '{name}'{nearest(name, OPERATORS)}; expected one of {', '.join(OPERATORS)}. "
+            "Pass one of those names."
+        )
+    return OPERATORS[name]
+
+
+def build_operator(name: str, removed: nn.Module, settings: Mapping[str, Any]) -> Operator:
+    """The named operator in the place of `removed`, without values yet; see `Operator.build`."""
+    return operator_named(name).build(removed, settings)
+
+
+__all__ = ["OPERATORS", "Operator", "build_operator", "operator_named"]

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from genprune.errors import PlanMismatch, UnsupportedModel, nearest
 from genprune.families import denoiser, denoiser_slot, find_sites, host_name
 from genprune.gates import gated_sites
 from genprune.interrupts import interrupt_deferred
+from genprune.operations import check_form, check_ops, effective_ops, meta_shrunk, no_values, operator_of, put
 from genprune.plan import PlanBase, PruningPlan
 from genprune.replacements import ScatteredLinear
 from genprune.sites import Sites, SizeAttribute, Slice, effective_keep, kept_entries
@@ -47,6 +49,16 @@ def pruned_widths(model: nn.Module) -> dict[str, int]:
     return dict(model.__dict__.get("_genprune_widths", {}))
 
 
+def pruned_ops(model: nn.Module) -> tuple[dict[str, Any], ...]:
+    """The operations of earlier cuts, as a configuration holds them; empty for a dense model."""
+    return tuple(model.__dict__.get("_genprune_ops", ()))
+
+
+def was_cut(model: nn.Module) -> bool:
+    """Whether an earlier cut took units, layers or operators from this model."""
+    return bool(pruned_widths(model) or pruned_ops(model))
+
+
 # ---- one cut --------------------------------------------------------------------------------------------------------
 
 
@@ -75,12 +87,9 @@ def check_plan(model: nn.Module, plan: PruningPlan, sites: Sites) -> None:
             f"({plan.base.sites_sha256[:12]}, this model is {base.sites_sha256[:12]}). "
             "Use the base that it was made for, or make a plan for this model with gp.make_plan(model, ...)."
         )
-    if plan.ops:
-        unknown = sorted({str(op.get("op")) for op in plan.ops})
-        raise PlanMismatch(
-            f"the plan has operations that this genprune does not know: {unknown}. "
-            "Upgrade with `pip install -U genprune`."
-        )
+    check_form(plan.ops)
+    if ops := effective_ops(plan.ops, sites, plan.keep):
+        check_ops(meta_shrunk(model, lambda meta: shrink_(meta, sites, plan.keep)), ops, plan.tensors)
 
 
 def layer_masks(model: nn.Module, sites: Sites, keep: Mapping[str, Tensor]) -> dict[tuple[str, str], Tensor]:
@@ -133,10 +142,10 @@ def _shrink_checked_(model: nn.Module, sites: Sites, keep: Mapping[str, Tensor],
                 _set_attribute(model.get_submodule(attribute.module), attribute, kept)
         if kept == 0:
             for change in site.emptied:
-                _set_module(model, change.module, change.build(model.get_submodule(change.module)))
+                put(model, change.module, change.build(model.get_submodule(change.module)))
     for (path, side), mask in masks.items():
         if path in scattered:
-            _set_module(model, path, _scattered(model.get_submodule(path), mask))
+            put(model, path, _scattered(model.get_submodule(path), mask))
         else:
             _narrow_(model.get_submodule(path), side, mask)
 
@@ -167,12 +176,6 @@ def _set_attribute(module: nn.Module, attribute: SizeAttribute, kept: int) -> No
         numbers[attribute.item] = value
         value = numbers
     setattr(module, attribute.name, value)
-
-
-def _set_module(model: nn.Module, path: str, module: nn.Module) -> None:
-    parent, _, name = path.rpartition(".")
-    module.train(model.get_submodule(path).training)
-    model.get_submodule(parent)._modules[name] = module
 
 
 def _selected(parameter: Tensor, dim: int, mask: Tensor) -> nn.Parameter:
@@ -243,7 +246,7 @@ def cut(target, plan: PruningPlan | str | os.PathLike):
             "Call handle.remove() first: the cut reads the plan, not the gates."
         )
     before = applied_plan(model)
-    if before is None and pruned_widths(model):
+    if before is None and was_cut(model):
         raise PlanMismatch(
             "this model was cut before, but the plan of that cut is not with it; expected genprune_plan.safetensors "
             "in its folder. Load it from the folder that save_pretrained wrote."
@@ -252,10 +255,14 @@ def cut(target, plan: PruningPlan | str | os.PathLike):
     saving.check_adoptable(model)
     widths = pruned_widths(model) | {n: int(mask.sum()) for n, mask in plan.keep.items() if not mask.all()}
     keep, masks = _checked(model, sites, plan.keep)
+    ops = effective_ops(plan.ops, sites, plan.keep)
     with interrupt_deferred(), whole_or_marked(model):
         _shrink_checked_(model, sites, keep, masks)
+        for op in ops:
+            put(model, op["path"], operator_of(op, plan.tensors, model.get_submodule(op["path"])))
         model._genprune_plan = joined
         model._genprune_widths = widths
+        model._genprune_ops = pruned_ops(model) + tuple(no_values(ops))
         saving.adopt_(model)
         if (slot := denoiser_slot(target)) is not None:
             target.register_modules(**{slot: model})

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from genprune.cut_guards import as_plan
 from genprune.errors import PlanMismatch
 from genprune.families import denoiser, find_sites
+from genprune.operations import OperatorOutput, check_form, effective_ops, operator_of
 from genprune.plan import PruningPlan
 from genprune.replacements import ScatteredLinear
 from genprune.sites import GatePoint, Site, Sites
@@ -185,7 +186,7 @@ def attach_gates(
     Args:
         target: a supported model or a pipeline.
         gates: site name -> float tensor of shape `(size,)` or `(rows, size)`, 1 keeps and 0 removes; or a plan
-            or the path of one, which is attached as zeros and ones.
+            or the path of one, which is attached as zeros and ones, and its operators in place of what they replace.
         sites: what `find_sites(target)` returned, when at hand.
 
     Returns:
@@ -197,11 +198,18 @@ def attach_gates(
     """
     model = denoiser(target)
     sites = find_sites(model) if sites is None else sites
+    operators = {}
     if not isinstance(gates, Mapping):
-        gates = {name: mask.float() for name, mask in as_plan(gates).keep.items()}
+        plan = as_plan(gates)
+        gates = {name: mask.float() for name, mask in plan.keep.items()}
+        check_form(plan.ops)
+        for op in effective_ops(plan.ops, sites, {name: plan.keep[name] for name in plan.keep if name in sites}):
+            operators[op["path"]] = OperatorOutput(operator_of(op, plan.tensors, model.get_submodule(op["path"])))
     held = {name: Gate(sites[name], _checked(sites[name], value)) for name, value in gates.items()}
     hooks = []
     try:
+        for path, operator in operators.items():
+            hooks.append(operator.attach(model.get_submodule(path)))
         for gate in held.values():
             for point in gate.site.gates:
                 hooks.append(_hook_of(gate, point).attach(model.get_submodule(point.module)))
@@ -213,11 +221,13 @@ def attach_gates(
 
 
 def gated_sites(model: nn.Module) -> list[str]:
-    """Names of the sites that gates are attached to at this moment."""
+    """Names of the sites that gates are attached to at this moment, and of operators that stand in."""
     found = {}
     for module in model.modules():
         for hook in [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]:
             owner = getattr(hook, "__self__", None)
             if isinstance(owner, (GatedInput, GatedOutput, BlendedOutput)):
                 found[owner.gate.site.name] = None
+            elif isinstance(owner, OperatorOutput):
+                found[f"operator '{owner.operator.name}'"] = None
     return list(found)

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from genprune.cutting import pruned_widths
+from genprune.cutting import pruned_ops, pruned_widths
 from genprune.errors import PlanMismatch
 from genprune.families import family_of
 from genprune.widths import skeleton
@@ -34,6 +34,11 @@ def check_attention_whole(model: nn.Module, state_dicts: Any) -> None:
         name
         for name in pruned_widths(model)
         if any(f"{path}.".startswith(f"{name.rpartition(':')[0]}.") for path in hooked)
+    ]
+    in_the_way += [
+        op["path"]
+        for op in pruned_ops(model)
+        if any(f"{a}.".startswith(f"{b}.") for path in hooked for a, b in ((path, op["path"]), (op["path"], path)))
     ]
     if in_the_way:
         raise PlanMismatch(

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from genprune.cutting import applied_plan, layer_masks, plan_base, pruned_widths, shrink_
+from genprune.cutting import applied_plan, layer_masks, plan_base, pruned_ops, pruned_widths, shrink_, was_cut
 from genprune.errors import NoMatchingSites, PlanMismatch, nearest
 from genprune.families import denoiser, family_named, family_of, find_sites
 from genprune.lora_names import LoraTensor, parsed, read_lora, renamed_by, renamed_for_diffusers
@@ -19,7 +19,7 @@ from genprune.plan import PruningPlan
 from genprune.replacements import ScatteredLinear, Tombstone
 from genprune.sites import effective_keep
 from genprune.stock import stock_export_of
-from genprune.widths import apply_widths_, skeleton
+from genprune.widths import apply_ops_, apply_widths_, skeleton
 
 
 @dataclass(frozen=True)
@@ -74,8 +74,8 @@ def adapt_lora(
             f"{plan_base(dense).sites_sha256[:12]}). Pass the dense base that the plan was made for."
         )
     state_dict = renamed_for_diffusers(state_dict, plan.base.host, dense)
-    export = stock_export_of(dense, plan.keep) if for_stock else None
-    cut = _what_is_left(dense, plan.keep)
+    export = stock_export_of(dense, plan.keep, plan.ops) if for_stock else None
+    cut = _what_is_left(dense, plan)
     adapted, belongs = {}, False
     for name, value in state_dict.items():
         entry = parsed(name)
@@ -111,7 +111,7 @@ def _plan_and_config(plan: Any, base: Any) -> tuple[PruningPlan, dict[str, Any]]
         return plan, family_of(model).config(model)
     model = denoiser(plan)
     if (known := applied_plan(model)) is None:
-        found = "was cut, but the plan is not with it" if pruned_widths(model) else "was not cut"
+        found = "was cut, but the plan is not with it" if was_cut(model) else "was not cut"
         raise PlanMismatch(
             f"this {type(model).__name__} {found}; expected a cut model with its genprune_plan.safetensors. Pass the "
             "plan and the dense base: gp.adapt_lora(state_dict, plan, base)."
@@ -124,11 +124,12 @@ def _weights(model: nn.Module) -> dict[str, tuple[int, ...]]:
     return {path: tuple(weight.shape) for path, weight in found.items() if weight is not None}
 
 
-def _what_is_left(model: nn.Module, keep: Mapping[str, Tensor]) -> _Cut:
-    """Shapes before and after a cut of a skeleton, which is cut on the way."""
+def _what_is_left(model: nn.Module, plan: PruningPlan) -> _Cut:
+    """Shapes before and after a cut of a skeleton, which is cut on the way. What operators replaced is gone."""
     sites, dense = find_sites(model), _weights(model)
-    masks = layer_masks(model, sites, effective_keep(sites, keep))
-    shrink_(model, sites, keep)
+    masks = layer_masks(model, sites, effective_keep(sites, plan.keep))
+    shrink_(model, sites, plan.keep)
+    apply_ops_(model, plan.ops, sites, plan.keep)
     after = _weights(model)
     return _Cut(dense, {path: after.get(path) for path in dense}, masks)
 
@@ -176,7 +177,7 @@ def check_fits(model: nn.Module, state_dict: Mapping[str, Tensor], prefix: str |
     family = family_of(model)
     empty = skeleton(family.build, family.config(model))
     dense = _weights(empty)
-    apply_widths_(empty, pruned_widths(model))
+    apply_widths_(empty, pruned_widths(model), pruned_ops(model))
     left = _weights(empty)
     for name, value in state_dict.items():
         if prefix is not None and not name.startswith(f"{prefix}."):

@@ -15,7 +15,7 @@ from torch import nn
 
 from genprune.costs import dense_costs, site_costs
 from genprune.costs import operating_point as operating_point_of
-from genprune.cutting import cut, plan_base, pruned_widths
+from genprune.cutting import cut, plan_base, was_cut
 from genprune.denoising.capture import image_size
 from genprune.errors import GenpruneError
 from genprune.families import OperatingPoint, denoiser, family_of, find_sites
@@ -88,7 +88,7 @@ def score(
     point = _point(model, operating_point)
     costs = site_costs(model, point, sites)
     # Budgets count against the dense model, also where an earlier cut made this one smaller.
-    dense = dense_costs(model, **dataclasses.asdict(point)) if pruned_widths(model) else costs.total
+    dense = dense_costs(model, **dataclasses.asdict(point)) if was_cut(model) else costs.total
     size = image_size(target, point) if operating_point else {}
     context = ScoringContext(
         target=target,

@@ -13,7 +13,7 @@ import psutil
 import torch
 from torch import nn
 
-from genprune.cutting import pruned_widths
+from genprune.cutting import was_cut
 from genprune.errors import BadCalibrationData, GenpruneError
 from genprune.families import denoiser
 from genprune.files import whole_folder
@@ -213,7 +213,7 @@ def prune_to_folder(
 def _timed(model: nn.Module, plan: PruningPlan, say: Callable[[str], None]) -> PruningPlan:
     """The plan with latency of dense and pruned, or as it is, with the reason said."""
     size = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
-    if pruned_widths(model):
+    if was_cut(model):
         say("Latency is not measured: the model was cut before, and the dense one is not here")
     elif (free := _free_bytes(next(model.parameters()).device)) < 2 * size:
         say(f"Latency is not measured: {free / 1e9:.1f} GB are free, two models of {size / 1e9:.1f} GB do not fit")

@@ -29,7 +29,7 @@ from genprune.cutting import applied_plan
 from genprune.errors import PlanMismatch
 from genprune.plan import PLAN_FILE
 from genprune.saving import check_ungated
-from genprune.widths import PRUNING_KEY, apply_widths_, attach_saved_plan_, pruning_entry, read_widths
+from genprune.widths import PRUNING_KEY, apply_widths_, attach_saved_plan_, pruning_entry, read_ops, read_widths
 
 
 class PrunedMixin:
@@ -45,10 +45,11 @@ class PrunedMixin:
         if not isinstance(config, dict):
             config = cls.load_config(config)
         widths = read_widths(config.get(PRUNING_KEY), cls.__name__)
+        ops = read_ops(config[PRUNING_KEY])
         stock = {key: value for key, value in config.items() if key != PRUNING_KEY}
         model, unused = super().from_config(stock, return_unused_kwargs=True, **kwargs)
-        apply_widths_(model, widths)
-        model.register_to_config(**{PRUNING_KEY: pruning_entry(widths)})
+        apply_widths_(model, widths, ops)
+        model.register_to_config(**{PRUNING_KEY: pruning_entry(widths, ops)})
         return (model, unused) if return_unused_kwargs else model
 
     @classmethod

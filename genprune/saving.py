@@ -12,13 +12,21 @@ from typing import Any
 import torch
 from torch import nn
 
-from genprune.cutting import applied_plan, pruned_widths
+from genprune.cutting import applied_plan, pruned_ops, pruned_widths, was_cut
 from genprune.errors import GenpruneError, PlanMismatch, UnsupportedModel
 from genprune.families import family_of, host_name, supported
 from genprune.files import check_replaceable, whole_folder
 from genprune.gates import gated_sites
 from genprune.plan import PLAN_FILE
-from genprune.widths import PRUNING_KEY, apply_widths_, attach_saved_plan_, pruning_entry, read_widths, skeleton
+from genprune.widths import (
+    PRUNING_KEY,
+    apply_widths_,
+    attach_saved_plan_,
+    pruning_entry,
+    read_ops,
+    read_widths,
+    skeleton,
+)
 
 _CONFIG = "config.json"
 _ARGUMENTS = "genprune_model_args"  # what timm.create_model was given, in a timm model's config.json
@@ -48,14 +56,13 @@ def adopt_(model: nn.Module) -> None:
     The one `__class__` swap of the project; the Pruned class overrides nothing of the forward path. A timm model
     stays as it is (timm has no such hook: `save_model` writes its widths), and so does one that lost nothing.
     """
-    widths = pruned_widths(model)
-    if family_of(model).library != "diffusers" or not widths:
+    if family_of(model).library != "diffusers" or not was_cut(model):
         return
     from genprune.pruned_models import PRUNED
 
     check_adoptable(model)
     model.__class__ = PRUNED.get(type(model), type(model))
-    model.register_to_config(**{PRUNING_KEY: pruning_entry(widths)})
+    model.register_to_config(**{PRUNING_KEY: pruning_entry(pruned_widths(model), pruned_ops(model))})
 
 
 def check_ungated(model: nn.Module) -> None:
@@ -106,10 +113,9 @@ def _save_timm(model: nn.Module, folder: Path) -> None:
             f"this {type(model).__name__} names no timm architecture, because it was built from its class; expected a "
             "model of timm.create_model. Build it with timm.create_model(name, ...)."
         )
-    widths = pruned_widths(model)
     entries: dict[str, Any] = {_ARGUMENTS: family_of(model).config(model)["model_args"]}
-    if widths:
-        entries[PRUNING_KEY] = pruning_entry(widths)
+    if was_cut(model):
+        entries[PRUNING_KEY] = pruning_entry(pruned_widths(model), pruned_ops(model))
     try:
         timm.models.save_for_hf(model, str(folder), model_config=entries, safe_serialization=True)
     except ValueError as error:
@@ -248,12 +254,11 @@ def _timm_skeleton(folder: Path, config: dict[str, Any]) -> nn.Module:
     """The model that a folder's configuration describes, without its weights."""
     import timm
 
-    widths = read_widths(config[PRUNING_KEY], str(folder)) if PRUNING_KEY in config else {}
     model = skeleton(timm.create_model, f"local-dir:{folder}", pretrained=False)
     # timm adds defaults to the arguments that it was given; plans are matched by the given ones.
     model._model_args = config.get(_ARGUMENTS, model._model_args)
-    if widths:
-        apply_widths_(model, widths)
+    if PRUNING_KEY in config:
+        apply_widths_(model, read_widths(config[PRUNING_KEY], str(folder)), read_ops(config[PRUNING_KEY]))
     return model
 
 

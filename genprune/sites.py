@@ -107,6 +107,12 @@ class Site:
         """Whether a layer or number at this module path follows `kept` units: not where a replacement stands then."""
         return kept > 0 or not any(f"{module}.".startswith(f"{change.module}.") for change in self.emptied)
 
+    def cuts_into(self, modules: Iterable[str]) -> bool:
+        """Whether narrowing or gating this site reaches into one of these modules, or the site lies inside one."""
+        inner = {self.path, *(piece.module for piece in self.slices), *(number.module for number in self.attributes)}
+        inner |= {point.module for point in self.gates if point.side == "input"} | {self.attention or self.path}
+        return any(f"{path}.".startswith(f"{module}.") for path in inner for module in modules)
+
 
 @dataclass(frozen=True)
 class Sites(Mapping):

@@ -147,6 +147,8 @@ class _Fill:
                     by_file.setdefault(self.files[self.names[full]], []).append((module, path, name))
                 elif name == "index" and (path, "out") in self.masks:  # of a layer that this cut scatters
                     self._put(module, name, self.masks[path, "out"].nonzero().flatten())
+                elif not tensor.is_meta:  # of an operator, from the plan
+                    self._put(module, name, tensor.detach().to(self.dtype or tensor.dtype))
                 else:
                     raise PlanMismatch(
                         f"the checkpoint has no '{full}'; expected every tensor of {type(model).__name__}. The folder "

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
-from genprune.cutting import applied_plan, pruned_widths
+from genprune.cutting import applied_plan, pruned_ops, pruned_widths
 from genprune.errors import UnsupportedModel
 from genprune.families import Family, StockExport, denoiser, denoiser_slot, family_of, find_sites, host_name
 from genprune.files import check_replaceable, whole_folder
+from genprune.operations import effective_ops
 from genprune.saving import check_ungated, save_model
 from genprune.sites import effective_keep
 from genprune.widths import first_units, skeleton
@@ -55,7 +56,7 @@ def stock_model(model: nn.Module) -> nn.Module:
     dense = skeleton(family.build, family.config(model))
     plan = applied_plan(model)
     keep = first_units(find_sites(dense), pruned_widths(model)) if plan is None else plan.keep
-    export = stock_export_of(dense, keep)
+    export = stock_export_of(dense, keep, pruned_ops(model))
     stock = skeleton(family.build, export.config)
     state = {export.renamed(name): value for name, value in model.state_dict().items()}
     state.pop(None, None)  # what went
@@ -63,25 +64,34 @@ def stock_model(model: nn.Module) -> nn.Module:
     return stock.train(model.training)
 
 
-def stock_export_of(dense: nn.Module, keep: Mapping[str, Tensor]) -> StockExport:
+def stock_export_of(
+    dense: nn.Module, keep: Mapping[str, Tensor], ops: Sequence[Mapping[str, Any]] = ()
+) -> StockExport:
     """The stock configuration that says the same as a plan's masks, and the names that it gives to what is left.
 
     Args:
         dense: the dense model, or its skeleton.
-        keep: as in `PruningPlan.keep`.
+        keep, ops: as in `PruningPlan`.
 
     Raises:
         UnsupportedModel: there is none; the message names the first sites that are in the way.
     """
     family, sites = family_of(dense), find_sites(dense)
-    export = family.stock_config(dense, sites, keep)
+    ops = effective_ops(ops, sites, keep)
+    export = family.stock_config(dense, sites, keep, ops)
     if export is None:
-        raise UnsupportedModel(_not_stock(family, dense, sites, keep))
+        raise UnsupportedModel(_not_stock(family, dense, sites, keep, ops))
     return export
 
 
-def _not_stock(family: Family, dense: nn.Module, sites, keep) -> str:
+def _not_stock(family: Family, dense: nn.Module, sites, keep, ops) -> str:
     """The message that names what a stock configuration cannot say."""
+    if ops:
+        return (
+            f"no stock {host_name(dense)} configuration says what {len(ops)} operators compute, "
+            f"'{ops[0]['with']}' at '{ops[0]['path']}' the first of them. Expected whole layers that went. Save it "
+            "with pipe.save_pretrained or gp.save_model instead, and load it with genprune imported."
+        )
     keep = effective_keep(sites, keep)
     kinds = {sites[name].kind for name in keep}
 

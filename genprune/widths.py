@@ -1,28 +1,37 @@
-"""The `pruning` entry of a model's configuration: how many units each site keeps, and a skeleton built from it."""
+"""The `pruning` entry of a model's configuration: kept units and operators, and a skeleton built from it."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from genprune.cutting import pruned_widths, shrink_
+from genprune.cutting import pruned_ops, pruned_widths, shrink_
 from genprune.errors import PlanMismatch, nearest
 from genprune.families import find_sites
+from genprune.operations import check_form, effective_ops, no_values, operator_of, put
 from genprune.plan import PruningPlan
 from genprune.sites import Sites
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 2 has operations
 PRUNING_KEY = "pruning"
 
 
-def pruning_entry(widths: Mapping[str, int]) -> dict[str, Any]:
-    """The configuration entry: plain JSON data, a few KB."""
-    return {"format_version": FORMAT_VERSION, "widths": dict(widths)}
+def pruning_entry(widths: Mapping[str, int], ops: Sequence[Mapping[str, Any]] = ()) -> dict[str, Any]:
+    """The configuration entry: plain JSON data, a few KB; format 1 where there are no operations."""
+    entry = {"format_version": 2 if ops else 1, "widths": dict(widths)}
+    return entry | ({"ops": [dict(op) for op in ops]} if ops else {})
+
+
+def read_ops(entry: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:
+    """The operations in a `pruning` entry that `read_widths` accepted. Raises `PlanMismatch`."""
+    ops = entry.get("ops", ())
+    check_form(ops)
+    return tuple(no_values(ops))
 
 
 def read_widths(entry: Any, source: str) -> dict[str, int]:
@@ -48,10 +57,12 @@ def read_widths(entry: Any, source: str) -> dict[str, int]:
             "Upgrade with `pip install -U genprune`."
         )
     widths = entry.get("widths") if isinstance(entry, Mapping) else None
-    if version != FORMAT_VERSION or not isinstance(widths, Mapping):
+    ops = entry.get("ops", []) if isinstance(entry, Mapping) else None
+    listed = isinstance(ops, (list, tuple)) and all(isinstance(op, Mapping) for op in ops)
+    if version not in range(1, FORMAT_VERSION + 1) or not isinstance(widths, Mapping) or not listed:
         raise PlanMismatch(
             f"the '{PRUNING_KEY}' entry of {source} is damaged: expected "
-            f'{{"format_version": {FORMAT_VERSION}, "widths": {{site: kept units}}}}. {again}'
+            f'{{"format_version": 1, "widths": {{site: kept units}}}}. {again}'
         )
     for name, width in widths.items():
         if isinstance(width, bool) or not isinstance(width, int) or width < 0:
@@ -92,15 +103,40 @@ def skeleton(build: Callable[..., nn.Module], *args: Any, **kwargs: Any) -> nn.M
         return build(*args, **kwargs)
 
 
-def apply_widths_(model: nn.Module, widths: Mapping[str, int]) -> None:
-    """Shrink a dense skeleton to these widths, in place, on any device (meta included).
+def apply_widths_(model: nn.Module, widths: Mapping[str, int], ops: Sequence[Mapping[str, Any]] = ()) -> None:
+    """Shrink a dense skeleton to these widths and put operators where they stood, in place, on any device.
 
     Which units are kept comes with the weights: index buffers hold the first ones until a checkpoint is loaded.
     """
     sites = find_sites(model)
     with torch.device("cpu"):  # masks hold values, also where the caller builds everything on the meta device
-        shrink_(model, sites, first_units(sites, widths))
+        keep = first_units(sites, widths)
+        shrink_(model, sites, keep)
+    apply_ops_(model, ops, sites, keep)
     model._genprune_widths = dict(widths)
+    model._genprune_ops = tuple(no_values(ops))
+
+
+def apply_ops_(model: nn.Module, ops: Sequence[Mapping[str, Any]], sites: Sites, keep: Mapping[str, Tensor]) -> None:
+    """Put operators where a skeleton's modules stood, without values, in place.
+
+    Args:
+        model: shrunk by `keep` before.
+        sites: of the model before that.
+
+    Raises:
+        PlanMismatch: a path or an operator is unknown, or does not fit.
+    """
+    check_form(ops)
+    modules = dict(model.named_modules())
+    for op in effective_ops(ops, sites, keep):
+        if op["path"] not in modules:
+            raise PlanMismatch(
+                f"the '{PRUNING_KEY}' entry puts '{op['with']}' at '{op['path']}', which {sites.host} does not have"
+                f"{nearest(op['path'], modules)}. The config was edited, or belongs to another model: save the model "
+                "again with save_pretrained."
+            )
+        put(model, op["path"], operator_of(op, None, model.get_submodule(op["path"])))
 
 
 def attach_saved_plan_(model: nn.Module, config: Mapping[str, Any], path: Path) -> None:
@@ -120,6 +156,12 @@ def attach_saved_plan_(model: nn.Module, config: Mapping[str, Any], path: Path) 
         return
     plan = PruningPlan.load(path)
     check_same_widths(plan, pruned_widths(model), path)
+    if [op["path"] for op in plan.ops] != [op["path"] for op in pruned_ops(model)]:
+        raise PlanMismatch(
+            f"'{path}' has {len(plan.ops)} operators, the config beside it {len(pruned_ops(model))} or others; "
+            "expected the same. The folder is half-written or mixed from two models: save it again with "
+            "save_pretrained."
+        )
     model._genprune_plan = plan
 
 

@@ -18,6 +18,7 @@ FLOORS = (
     ("errors", "interrupts", "files", "plan_format", "plan", "miniature"),
     ("sites", "replacements", "operators", "families"),
     (
+        "operations",
         "gates",
         "cutting",
         "cut_guards",

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from genprune.errors import UnsupportedModel
+from genprune.operators import Operator
 from genprune.sites import Site, Sites
 
 
@@ -104,7 +105,9 @@ class Family:
         """What looks like a site, but cannot be cut exactly: site name -> reason (layer and cause)."""
         return {}
 
-    def stock_config(self, model: nn.Module, sites: Sites, keep: Mapping[str, Tensor]) -> StockExport | None:
+    def stock_config(
+        self, model: nn.Module, sites: Sites, keep: Mapping[str, Tensor], ops: Sequence[Mapping[str, Any]] = ()
+    ) -> StockExport | None:
         """The stock configuration that says the same as the masks, or None where there is none.
 
         Args:
@@ -112,6 +115,7 @@ class Family:
                 its module lists are read.
             sites: the sites of the dense model.
             keep: site name -> kept units of the dense model, as in `PruningPlan.keep`.
+            ops: as in `PruningPlan.ops`, those in removed parts left out.
         """
         return None
 
@@ -205,8 +209,10 @@ def find_sites(target: Any, kinds: str | tuple[str, ...] | None = None) -> Sites
     model = denoiser(target)
     family = family_of(model)
     refused = family.refused(model)
-    # Sites that an earlier cut left without units are no sites any more.
-    found = Sites.of(type(model).__name__, (site for site in family.sites(model) if site.size), refused)
+    # Sites that an earlier cut left without units are no sites any more, nor are those of layers that it replaced.
+    replaced = [path for path, module in model.named_modules() if isinstance(module, Operator)]
+    sites = (site for site in family.sites(model) if site.size and not (replaced and site.cuts_into(replaced)))
+    found = Sites.of(type(model).__name__, sites, refused)
     if refused and not found:
         reasons = "; ".join(f"'{name}': {reason}" for name, reason in list(refused.items())[:3])
         raise UnsupportedModel(

@@ -7,7 +7,7 @@ and add it to the residual, so that a branch is gated where its module returns: 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -44,8 +44,12 @@ class EmbeddingsOnly(PassThrough):
 class TransformerFamily(DiffusersFamily):
     """What DiT and PixArt share: one list of blocks, which `num_layers` counts."""
 
-    def stock_config(self, model: nn.Module, sites: Sites, keep: Mapping[str, Tensor]) -> StockExport | None:
+    def stock_config(
+        self, model: nn.Module, sites: Sites, keep: Mapping[str, Tensor], ops: Sequence[Mapping[str, Any]] = ()
+    ) -> StockExport | None:
         keep = effective_keep(sites, keep)
+        if ops:
+            return None
         if any(sites[name].kind != "block" for name in keep):
             return None  # a stock configuration has one width for all blocks
         gone = [f"transformer_blocks.{index}:block" in keep for index in range(len(model.transformer_blocks))]
@@ -68,10 +72,12 @@ class DiTFamily(TransformerFamily):
             sites += [modulation_channels(f"{path}.norm1", block.norm1, whole.name), *inside, whole]
         return sites
 
-    def stock_config(self, model: nn.Module, sites: Sites, keep: Mapping[str, Tensor]) -> StockExport | None:
+    def stock_config(
+        self, model: nn.Module, sites: Sites, keep: Mapping[str, Tensor], ops: Sequence[Mapping[str, Any]] = ()
+    ) -> StockExport | None:
         if "transformer_blocks.0:block" in effective_keep(sites, keep):
             return None  # the next block's embeddings would modulate the host's output in place of the first one's
-        return super().stock_config(model, sites, keep)
+        return super().stock_config(model, sites, keep, ops)
 
     def operating_point(self, model: nn.Module, **given: int) -> OperatingPoint:
         size = model.config.sample_size

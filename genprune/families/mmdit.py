@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -150,8 +150,12 @@ class MMDiTFamily(DiffusersFamily):
 
     depths: tuple[tuple[str, str], ...] = ()
 
-    def stock_config(self, model: nn.Module, sites: Sites, keep: Mapping[str, Tensor]) -> StockExport | None:
+    def stock_config(
+        self, model: nn.Module, sites: Sites, keep: Mapping[str, Tensor], ops: Sequence[Mapping[str, Any]] = ()
+    ) -> StockExport | None:
         keep = effective_keep(sites, keep)
+        if ops:
+            return None
         if any(sites[name].kind != "block" for name in keep):
             return None  # a stock configuration has one width for all blocks
         config, rename = self.config(model), {}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -206,8 +206,12 @@ class UNetFamily(DiffusersFamily):
             inputs["timestep_cond"] = torch.randn(point.batch, config.time_cond_proj_dim, **make)
         return inputs
 
-    def stock_config(self, model: nn.Module, sites: Sites, keep: Mapping[str, Tensor]) -> StockExport | None:
+    def stock_config(
+        self, model: nn.Module, sites: Sites, keep: Mapping[str, Tensor], ops: Sequence[Mapping[str, Any]] = ()
+    ) -> StockExport | None:
         keep = effective_keep(sites, keep)
+        if ops:
+            return None
         if any(sites[name].kind != "block" for name in keep):
             return None  # a stock configuration counts transformer blocks; it knows no other hole and no other width
         config, rename = self.config(model), {}

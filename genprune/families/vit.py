@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -252,8 +252,12 @@ class ViTFamily(Family):
         arguments = {key: _from_json(key, value) for key, value in config["model_args"].items()}
         return timm.create_model(config["architecture"], pretrained=False, **arguments)
 
-    def stock_config(self, model: nn.Module, sites: Sites, keep: Mapping[str, Tensor]) -> StockExport | None:
+    def stock_config(
+        self, model: nn.Module, sites: Sites, keep: Mapping[str, Tensor], ops: Sequence[Mapping[str, Any]] = ()
+    ) -> StockExport | None:
         keep = effective_keep(sites, keep)
+        if ops:
+            return None
         config, rename = self.config(model), {}
         if not config["architecture"] or {sites[name].kind for name in keep} - {"block", "neurons"}:
             return None

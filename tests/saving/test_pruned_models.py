@@ -198,7 +198,7 @@ def _edited(folder, change) -> None:
     ("change", "message"),
     [
         (lambda c: c.pop("pruning"), "no 'pruning' entry.*dense"),
-        (lambda c: c["pruning"].update(format_version=2), "format 2.*pip install -U genprune"),
+        (lambda c: c["pruning"].update(format_version=3), "format 3.*pip install -U genprune"),
         (lambda c: c.update(pruning=[1, 2]), "damaged.*format_version"),
         (lambda c: c["pruning"].update(widths="all"), "damaged"),
         (lambda c: c["pruning"]["widths"].update({"conv_in:heads": 1}), "names 'conv_in:heads'.*does not have"),

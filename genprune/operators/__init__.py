@@ -10,9 +10,27 @@ from torch import nn
 from genprune.errors import GenpruneError, nearest
 from genprune.operators.base import Operator
 from genprune.operators.dropped import DropResampler, DropSkip
+from genprune.operators.linear import LinearMap
 from genprune.operators.low_rank import LowRank
+from genprune.operators.norms import AffineNorm
+from genprune.operators.pointwise import IdentityOperator, ReLUOperator
+from genprune.operators.pooled import PooledResampler
+from genprune.operators.separable import SeparableConv
 
-OPERATORS: dict[str, type[Operator]] = {cls.name: cls for cls in (DropSkip, DropResampler, LowRank)}
+OPERATORS: dict[str, type[Operator]] = {
+    cls.name: cls
+    for cls in (
+        LowRank,
+        SeparableConv,
+        PooledResampler,
+        IdentityOperator,
+        ReLUOperator,
+        AffineNorm,
+        LinearMap,
+        DropSkip,
+        DropResampler,
+    )
+}
 
 
 def operator_named(name: str) -> type[Operator]:

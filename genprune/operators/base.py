@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from genprune.errors import GenpruneError, PlanMismatch, nearest
 from genprune.replacements import Tombstone
 
-Ridge = Callable[[Any], tuple[Tensor, Tensor]]  # moments of one map -> its weight (out, in) and bias (out,)
+# Moments of one map, and whether it has a bias -> weight (out, in) and bias (out,).
+Ridge = Callable[[Any, bool], tuple[Tensor, Tensor]]
 
 
 class Operator(Tombstone):
@@ -97,6 +98,11 @@ class Operator(Tombstone):
                 )
         return given
 
+    @classmethod
+    def takes_data(cls, settings: Mapping[str, Any]) -> bool:
+        """Whether a fit from calibration data is another one than `from_weights`."""
+        return cls.needs_data(settings)
+
     def layers(self, removed: nn.Module) -> nn.Module | None:
         """The operator's own layers for `self.settings`, of any values; None where it has none."""
         return None
@@ -122,17 +128,28 @@ class Operator(Tombstone):
         """Set the values of the own layers from the module's weights."""
 
     def rows(self, given: Mapping[str, Any], output: Any) -> Iterator[tuple[str, Tensor, Tensor]]:
-        """Each map of the operator: its name, what it reads `(positions, in)`, what it should return `(positions, out)`.
+        """For each map of the operator its name, what it reads and what it should return for it.
 
         Args:
             given: arguments of one call of the removed module by name.
             output: what that call returned.
+
+        Returns:
+            Name, inputs `(positions, in)` and outputs `(positions, out)`, with positions as tokens or pixels.
         """
         raise NotImplementedError
 
     def fit(self, removed: nn.Module, moments: Mapping[str, Any], ridge: Ridge) -> None:
         """Set the values of the own layers from the moments of `rows`, by map name; `ridge` solves one map."""
         raise NotImplementedError
+
+    def maps(self) -> dict[str, tuple[int, int]]:
+        """Widths of what `rows` gives for each map: name -> (in, out)."""
+        return {}
+
+    def measured(self) -> tuple:
+        """Operators of one class for one module share moments where this is equal."""
+        return (repr(self.settings),)
 
     def given(self, args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """Arguments of one call by name: gradient checkpointing passes by position what a host passes by keyword."""

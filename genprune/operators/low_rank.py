@@ -73,10 +73,16 @@ class LowRank(Operator):
     def take_weights(self, removed: nn.Module) -> None:
         self._put(removed, root=None)
 
+    def maps(self) -> dict[str, tuple[int, int]]:
+        return {"map": (self.replacement.down.weight.shape[1], 0)}
+
+    def measured(self) -> tuple:
+        return ()  # every rank reads the same moments
+
     def rows(self, given: Mapping[str, Any], output: Any) -> Iterator[tuple[str, Tensor, Tensor]]:
-        inputs = given["input"]
-        if inputs.ndim == 4 and isinstance(self.replacement.down, nn.Conv2d):
-            inputs = inputs.movedim(1, -1)  # (B, H, W, C)
+        inputs, down = given["input"], self.replacement.down
+        if isinstance(down, nn.Conv2d):
+            inputs = inputs.movedim(-3, -1)[..., :: down.stride[0], :: down.stride[1], :]  # (B, H, W, C)
         rows = inputs.flatten(0, -2)
         yield "map", rows, rows[:, :0]  # the weight says what it returns
 

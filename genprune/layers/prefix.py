@@ -85,7 +85,7 @@ class _Sweep:
                 output = called(self.model, self.inputs)
         starts = {name: timeline.start_of(self.changes[name]) for name in self.order}
         self.order.sort(key=starts.__getitem__)
-        self.needs = {name: list(timeline.ended_before(starts[name])) for name in self.order}
+        self.needs = {name: timeline.over_before(starts[name]) if self.reuse else [] for name in self.order}
         needed = {id(moment) for moments in self.needs.values() for moment in moments}
         for moment in timeline.moments.values():
             if id(moment) not in needed:

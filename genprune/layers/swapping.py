@@ -69,8 +69,8 @@ def slot_of(model: nn.Module, path: str) -> Slot:
     if found is None:
         known = [known for known, _ in model.named_modules() if known]
         raise GenpruneError(
-            f"'{path}' is no module inside this {type(model).__name__}{nearest(path, known)}; expected the path of one "
-            "that can be replaced. List them with model.named_modules()."
+            f"'{path}' is no module inside this {type(model).__name__}{nearest(path, known)}; expected the path of "
+            "one that can be replaced. List them with model.named_modules()."
         )
     return holder, name
 

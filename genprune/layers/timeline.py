@@ -135,17 +135,17 @@ class Timeline:
         around = (self.moments[p] for p in (path, *_above(path)) if p in self.moments)
         return next((moment.start for moment in around if moment.calls), 0.0)
 
-    def ended_before(self, time: float) -> Iterator[Moment]:
-        """The largest modules that were over by then and whose output is kept."""
-        yield from _ended(self.root.inside, time)
+    def over_before(self, time: float) -> list[Moment]:
+        """The largest modules that were over by then, of those whose output is kept where outputs are."""
+        return list(_over(self.root.inside, time, self.keep))
 
 
-def _ended(moments: list[Moment], time: float) -> Iterator[Moment]:
+def _over(moments: list[Moment], time: float, kept: bool) -> Iterator[Moment]:
     for moment in moments:
-        if moment.kept and moment.end < time:
+        if moment.calls and moment.end < time and (moment.kept or not kept):
             yield moment
         else:
-            yield from _ended(moment.inside, time)
+            yield from _over(moment.inside, time, kept)
 
 
 class _Watcher:

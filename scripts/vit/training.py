@@ -135,9 +135,9 @@ def _epoch(model: nn.Module, optimizer, data: FashionMNIST, settings: Training, 
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        total += float(loss) * len(chosen)
+        total += float(loss.detach()) * len(chosen)
         if index % 50 == 0:
-            logger.info("epoch %d, step %d of %d: loss %.3f", epoch + 1, index + 1, len(batches), float(loss))
+            logger.info("epoch %d, step %d of %d: loss %.3f", epoch + 1, index + 1, len(batches), float(loss.detach()))
     return total / len(order)
 
 

@@ -155,6 +155,10 @@ class Operator(Tombstone):
         """Arguments of one call by name: gradient checkpointing passes by position what a host passes by keyword."""
         return {**dict(zip(self.argument_names, args)), **kwargs}
 
+    def first(self, args: tuple, kwargs: Mapping[str, Any]) -> Any:
+        """The first argument of one call, whatever the host calls it."""
+        return args[0] if args else kwargs[self.argument_names[0]]
+
     def own_tensors(self) -> dict[str, Tensor]:
         """The operator's own tensors, `replacement.*` -> tensor; empty for one without weights."""
         return {name: tensor.detach() for name, tensor in self.state_dict().items() if _is_own(name)}

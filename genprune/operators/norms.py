@@ -99,5 +99,5 @@ class AffineNorm(Operator):
         self.replacement.weight.copy_(scale)
         self.replacement.bias.copy_(found.lack - scale * found.mean)
 
-    def forward(self, input: Tensor, *args, **kwargs) -> Tensor:
-        return self.replacement(input)
+    def forward(self, *args, **kwargs) -> Tensor:
+        return self.replacement(self.first(args, kwargs))

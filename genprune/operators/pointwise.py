@@ -31,8 +31,8 @@ class IdentityOperator(Operator):
             return None
         return "expected an activation of single numbers, or a group, layer or RMS norm"
 
-    def forward(self, input: Tensor, *args, **kwargs) -> Tensor:
-        return input
+    def forward(self, *args, **kwargs) -> Tensor:
+        return self.first(args, kwargs)
 
 
 class ReLUOperator(Operator):
@@ -46,5 +46,5 @@ class ReLUOperator(Operator):
             return "expected an activation of single numbers, such as SiLU or GELU"
         return "it is a ReLU already" if isinstance(removed, nn.ReLU) else None
 
-    def forward(self, input: Tensor, *args, **kwargs) -> Tensor:
-        return torch.relu(input)
+    def forward(self, *args, **kwargs) -> Tensor:
+        return torch.relu(self.first(args, kwargs))

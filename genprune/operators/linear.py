@@ -90,8 +90,7 @@ class LinearMap(Operator):
         return {name: (layer.in_features, layer.out_features) for name, layer in self.replacement.items()}
 
     def rows(self, given: Mapping[str, Any], output: Any) -> Iterator[tuple[str, Tensor, Tensor]]:
-        outputs = list(output.values()) if isinstance(output, Mapping) else output
-        outputs = [outputs] if isinstance(outputs, Tensor) else outputs
+        outputs = [output] if isinstance(output, Tensor) else output
         for name, value in zip(self.streams, outputs):
             inputs = given.get(name)
             if inputs is not None and value is not None:

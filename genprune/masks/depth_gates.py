@@ -69,13 +69,13 @@ def probabilities(group: DepthGroup, logits: Tensor, scale: float) -> dict[str, 
     return dict(zip(group.layers, kept.clamp(0, 1).tolist()))
 
 
-def decided(group: DepthGroup, logits: Tensor) -> dict[str, bool]:
-    """The most likely way: site name -> whether it stays; exactly `kept` do. Ties go to the earlier layers."""
+def decided(group: DepthGroup, logits: Tensor) -> tuple[str, ...]:
+    """The layers of the most likely way, in order; exactly `kept`. Ties go to the earlier layers."""
     mask = group.masks[int(logits.argmax())]
-    return dict(zip(group.layers, mask.bool().tolist()))
+    return tuple(name for name, stays in zip(group.layers, mask.tolist()) if stays)
 
 
-def most_likely(group: DepthGroup, values: Mapping[str, float]) -> dict[str, bool]:
-    """The `kept` layers of the highest values: for a number of layers that was not learned. Ties as in `decided`."""
-    order = sorted(group.layers, key=lambda name: -values[name])
-    return {name: name in order[: group.kept] for name in group.layers}
+def most_likely(group: DepthGroup, values: Mapping[str, float]) -> tuple[str, ...]:
+    """The `kept` layers of the highest values, in order: for a number that was not learned. Ties as in `decided`."""
+    best = sorted(group.layers, key=lambda name: -values[name])[: group.kept]
+    return tuple(name for name in group.layers if name in best)

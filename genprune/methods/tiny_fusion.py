@@ -5,25 +5,25 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from genprune.allocation import Request
-from genprune.allocation.fit import TOLERANCE, Fitted
+from genprune.allocation.fit import TOLERANCE
 from genprune.allocation.request import eligible
 from genprune.costs import Costs, SiteCosts
+from genprune.cutting import plan_base
 from genprune.denoising.capture import check_not_settings
 from genprune.errors import BudgetUnreachable, GenpruneError, NoMatchingSites
 from genprune.families import denoiser
+from genprune.masks.depth_gates import decided, probabilities
 from genprune.masks.depth_groups import DepthGroup, fixed_groups, groups_for, sequences
+from genprune.masks.depth_scores import DepthScores
 from genprune.masks.depth_settings import DepthTraining
 from genprune.methods.base import Method, ScoringContext, check_whole
 from genprune.sites import Sites
-
-if TYPE_CHECKING:
-    from genprune.scores import Scores
 
 LAYERS = ("branch", "block", "wrapper")
 
@@ -40,10 +40,9 @@ class TinyFusion(DepthTraining, Method):
     - `TinyFusion(keep=0.5, of="macs")`: groups of `group_size`, with as many kept in each as meets the budget best.
     - neither: `groups=(1, 2)`.
 
-    `Scores.values` are the probabilities of being kept, in [0, 1]. `Scores.plan()` is the decision: in each group the
-    choice with the highest mean logit. With another `keep` or `groups` the layers of the highest probabilities stay,
-    in groups that were not trained for; train again where it matters. Fields of `Method` that narrow layers
-    (`allocation`, `min_keep`, `round_to`, `max_width_classes`) have no meaning here.
+    `gp.score` gives `DepthScores`: `values` are the probabilities of being kept, and `plan()` is the decision: in
+    each group the choice with the highest mean logit. With another `keep` or `groups` the layers of the highest
+    probabilities stay, in groups that were not trained for; train again where it matters.
 
     Args:
         All of `genprune.masks.depth_settings.DepthTraining` (how it is learned) and of `Method` (the budget).
@@ -89,14 +88,8 @@ class TinyFusion(DepthTraining, Method):
     def facts(cls) -> type[TinyFusion]:
         return cls
 
-    def request(self, kinds: Sequence[str]) -> Request:
-        return Request(
-            keep=1.0 if self.keep is None else self.keep, of=self.of, kinds=tuple(kinds), protect=self.protect
-        )
-
-    def values(self, context: ScoringContext) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    def scored(self, context: ScoringContext) -> DepthScores:
         from genprune.masks.depth_batches import BatchPool
-        from genprune.masks.depth_gates import decided, probabilities
         from genprune.masks.depth_training import DepthProblem, train_depth
 
         check_not_settings(context.options, [field.name for field in dataclasses.fields(self)], "gp.TinyFusion")
@@ -127,14 +120,16 @@ class TinyFusion(DepthTraining, Method):
             )
             logits |= dict(zip(learned, trained))
         values = {name: torch.ones(1) for name in sites.of_kind(*kinds)}  # what is protected stays
-        depth = []
         for group in groups:
             share = probabilities(group, logits[group], self.logit_scale)
             values |= {name: torch.tensor([each]) for name, each in share.items()}
-            kept = [name for name, stays in decided(group, logits[group]).items() if stays]
-            depth.append({"layers": list(group.layers), "kept": kept})
-        figures = {"steps": len(curve), **({"loss": curve[-1]["loss"]} if curve else {})}
-        return values, {"depth": depth, "training": figures}
+        decisions = {group.layers: decided(group, logits[group]) for group in groups}
+        notes = {
+            "depth": [{"layers": list(layers), "kept": list(kept)} for layers, kept in decisions.items()],
+            "training": {"steps": len(curve), **({"loss": curve[-1]["loss"]} if curve else {})},
+        }
+        base = plan_base(denoiser(context.target))
+        return DepthScores(values, decisions, self, base, context.costs, context.dense, notes)
 
     def depth_groups(self, costs: SiteCosts, dense: Costs, kinds: Sequence[str]) -> list[DepthGroup]:
         """The groups, with how many layers each keeps.
@@ -143,8 +138,7 @@ class TinyFusion(DepthTraining, Method):
             NoMatchingSites: no layer of these kinds may go, or no group has a choice. BudgetUnreachable: no numbers
             meet the budget, or `groups` and `keep` contradict each other. GenpruneError: a layer lies inside another.
         """
-        request = self.request(kinds)
-        layers = eligible(costs.sites, request)
+        layers = eligible(costs.sites, Request(1.0, self.of, tuple(kinds), protect=self.protect))
         runs = sequences(layers)
         unit = {name: 1 if self.of == "units" else getattr(costs.unit(name), self.of) for name in layers}
         if self.of == "units":
@@ -174,8 +168,9 @@ class TinyFusion(DepthTraining, Method):
             for group in groups
         )
         reached, least = (total - removed) / whole, (total - sum(unit.values())) / whole
-        smallest = min(cost for cost in unit.values()) / whole
-        if abs(reached - self.keep) <= max(TOLERANCE, smallest / 2) + 1e-9:
+        # groups that follow from the budget come as near as whole layers can; given ones are to be exact
+        layer = (max if self.groups is None else min)(unit.values()) / whole
+        if abs(reached - self.keep) <= max(TOLERANCE, layer / 2) + 1e-9:
             return
         if self.groups is not None:
             advice = f"Leave keep out, pass keep={reached:.3f}, or groups=None to have them follow from keep"
@@ -187,28 +182,6 @@ class TinyFusion(DepthTraining, Method):
             )
             advice = "Pass another keep, loosen protect, or add kinds"
         raise BudgetUnreachable(f"{found}. {advice}.")
-
-    def fitted(self, scores: Scores, kinds: Sequence[str]) -> Fitted:
-        """What stays under this method's budget and groups: the decision where it was trained, otherwise by scores.
-
-        Raises:
-            As `depth_groups`.
-        """
-        from genprune.masks.depth_gates import most_likely
-
-        decisions = {tuple(group["layers"]): group["kept"] for group in scores.made_by["depth"]}
-        values = {name: float(score[0]) for name, score in scores.values.items()}
-        keep = {}
-        for group in self.depth_groups(scores.costs, scores.dense, kinds):
-            kept = decisions.get(group.layers, ())
-            if len(kept) != group.kept:  # not what was trained for
-                kept = [name for name, stays in most_likely(group, values).items() if stays]
-            keep |= {name: torch.tensor([name in kept]) for name in group.layers}
-        left = scores.costs.predict(keep)
-        if self.of == "units":
-            layers = [name for name, site in scores.costs.sites.items() if site.kind in kinds]
-            return Fitted(keep, left, 1 - sum(not mask.any() for mask in keep.values()) / len(layers))
-        return Fitted(keep, left, getattr(left, self.of) / getattr(scores.dense, self.of))
 
 
 def _coarsest(sites: Sites) -> tuple[str, ...]:

@@ -50,6 +50,8 @@ _LAZY = {
     "Random": "genprune.methods",
     "Taylor": "genprune.methods",
     "EcoDiff": "genprune.methods",
+    "LaptopDiff": "genprune.methods",
+    "FinerCut": "genprune.methods",
     "load_pipeline": "genprune.pipelines",
 }
 _SUBPACKAGES = ("bench", "metrics", "miniature", "pipelines", "recovery", "routers")

@@ -15,10 +15,11 @@ from torch import nn
 
 from genprune.costs import dense_costs, site_costs
 from genprune.costs import operating_point as operating_point_of
-from genprune.cutting import cut, plan_base, was_cut
+from genprune.cutting import cut, was_cut
 from genprune.denoising.capture import image_size
-from genprune.errors import GenpruneError
+from genprune.errors import BudgetUnreachable, GenpruneError
 from genprune.families import OperatingPoint, denoiser, family_of, find_sites
+from genprune.layers.scores import LayerScores
 from genprune.methods import Method
 from genprune.methods.base import ScoringContext, check_whole
 from genprune.plan import PruningPlan
@@ -40,7 +41,7 @@ def score(
     checkpointing_steps: int = 25,
     seed: int | None = None,
     progress: bool = True,
-) -> Scores:
+) -> Scores | LayerScores:
     """The importance of every unit of a model; one run serves plans for every budget. The target is not changed.
 
     Args:
@@ -59,7 +60,8 @@ def score(
         progress: show a progress bar.
 
     Returns:
-        `Scores` of all kinds of sites that the method has a rule for, or of `method.kinds` where it names some.
+        `Scores` of all kinds of sites that the method has a rule for, or of `method.kinds` where it names some;
+        `LayerScores` of a method that judges whole layers and operators. Either has `plan(keep=, of=, ...)`.
 
     Raises:
         UnsupportedModel: no family knows the model. BadCalibrationData: prompts or data are missing, empty or of the
@@ -105,12 +107,12 @@ def score(
         progress=progress,
     )
     with untouched(model):
-        values, notes = method.values(context)
-    made_by = {"method": method.name, "settings": method.to_json(), "seed": method.seed, **notes}
+        scored = method.scored(context)
+    made_by = {"method": method.name, "settings": method.to_json(), "seed": method.seed, **scored.made_by}
     if prompts is not None:
         text = json.dumps(list(prompts))
         made_by |= {"prompts": len(prompts), "prompts_sha256": hashlib.sha256(text.encode()).hexdigest()}
-    return Scores(values, method, plan_base(model), costs, dense, made_by)
+    return dataclasses.replace(scored, made_by=made_by)
 
 
 def make_plan(target, method: Method, *, measure_latency: bool = False, **scoring: Any) -> PruningPlan:
@@ -127,8 +129,42 @@ def make_plan(target, method: Method, *, measure_latency: bool = False, **scorin
     Raises:
         BudgetUnreachable: with a table of what is reachable. Others: as in `score`.
     """
-    plan = score(target, method, **scoring).plan()
+    scored = score(target, method, **scoring)
+    if isinstance(scored, LayerScores) and "latency" in scored.method.budgets():
+        return _within_latency(denoiser(target), scored)
+    plan = scored.plan()
     return with_latency(denoiser(target), plan) if measure_latency else plan
+
+
+_LATENCY_ROUNDS, _LATENCY_TOLERANCE = 4, 0.02
+
+
+def _within_latency(model: nn.Module, scored: LayerScores) -> PruningPlan:
+    """The plan whose measured latency comes nearest to the budget: planned, timed, and planned again by what it saved.
+
+    What single layers take does not add up to what the model saves, so that their times are scaled in between.
+    """
+    keep = scored.method.budgets()["latency"]
+    best, factor = None, 1.0
+    for _ in range(_LATENCY_ROUNDS):
+        try:
+            plan = scored.scaled_latency(factor).plan()
+        except BudgetUnreachable:
+            if best is None:
+                raise
+            break
+        plan = with_latency(model, plan)
+        share = plan.figures["latency_ms"] / plan.figures["dense_latency_ms"]
+        if best is None or abs(share - keep) < abs(best[0] - keep):
+            best = share, plan
+        if abs(share - keep) <= _LATENCY_TOLERANCE or (share < keep and scored.method.of != "latency"):
+            break
+        factor *= max(1 - share, 0.01) / max(1 - keep, 0.01)
+    share, plan = best
+    noted = dict(plan.made_by)
+    if scored.method.of == "latency":
+        noted["budget"] = {**noted["budget"], "reached": share}
+    return dataclasses.replace(plan, made_by=noted)
 
 
 def with_latency(target, plan: PruningPlan, rounds: int = 10) -> PruningPlan:

@@ -91,7 +91,7 @@ def read_prompts(
         BadCalibrationData: the method or the compensation needs prompts and there are none, or no pipeline to use
         them.
     """
-    scores_on_data = bool({"gradients", "activations"} & set(method.facts().needs))
+    scores_on_data = bool({"gradients", "activations", "outputs"} & set(method.facts().needs))
     if scores_on_data and source.kind != "pipeline":
         raise BadCalibrationData(
             f"--method {method.name} scores on data, and '{source.name}' is a model without a pipeline that turns "

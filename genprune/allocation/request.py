@@ -42,15 +42,16 @@ def default_kinds(sites: Sites) -> tuple[str, ...]:
     return tuple(kind for kind in sites.kinds() if kind in NARROWING)
 
 
-def check_budget(keep: float, of: str) -> None:
-    """Raises `GenpruneError` for a budget that means nothing."""
-    if of == "latency":
+def check_budget(keep: float, of: str, quantities: tuple[str, ...] = QUANTITIES) -> None:
+    """Raises `GenpruneError` for a budget that means nothing, or that a method cannot plan for."""
+    if of == "latency" and "latency" not in quantities:
         raise GenpruneError(
-            "of='latency' is no budget that genprune can plan for yet; expected 'params', 'macs' or 'units'. Plan for "
-            "of='macs' and pass measure_latency=True to make_plan, which times the plan against the dense model."
+            "of='latency' is a budget of methods that remove layers (gp.LaptopDiff, gp.LDPruner, gp.FinerCut); "
+            f"expected {', '.join(map(repr, quantities))} here. Plan for of='macs' and pass measure_latency=True to make_plan, "
+            "which times the plan against the dense model."
         )
-    if of not in QUANTITIES:
-        raise GenpruneError(f"of={of!r}{nearest(str(of), QUANTITIES)}; expected one of {', '.join(QUANTITIES)}.")
+    if of not in quantities:
+        raise GenpruneError(f"of={of!r}{nearest(str(of), quantities)}; expected one of {', '.join(quantities)}.")
     if isinstance(keep, bool) or not isinstance(keep, (int, float)) or not 0 < keep <= 1:
         raise GenpruneError(
             f"keep={keep!r} is not a share of the dense model; expected a number in (0, 1]; 0.7 leaves 70 % of it."

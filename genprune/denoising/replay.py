@@ -31,12 +31,16 @@ class ModelCall:
     weight: float = 1.0
     loss_fn: Callable[[nn.Module, Any], Any] | None = field(default=None, repr=False)
 
+    def on(self, device: torch.device) -> Any:
+        """The inputs on a device."""
+        return _moved(self.inputs, device)
+
     def play(self, model: nn.Module) -> None:
         """Run the model once; what it returns is not wanted."""
         if self.loss_fn is not None:
             self.loss_fn(model, self.inputs)
             return
-        inputs = _moved(self.inputs, next(model.parameters()).device)
+        inputs = self.on(next(model.parameters()).device)
         if isinstance(inputs, Mapping):
             model(**inputs)
         else:

@@ -72,12 +72,16 @@ class Family:
     """How genprune sees one family of hosts. A subclass per file in this folder; all methods are host knowledge.
 
     `hosts` are the class names served (matched against the whole inheritance chain, so subclasses work).
+    `neighbours` and `first_blocks` are defaults of methods that remove blocks: how many neighbours may go together, and
+    how many blocks at the start stay, where the family is known to recover badly without them; None and 0: no rule.
     """
 
     name: str
     hosts: tuple[str, ...]
     library: str
     sample_argument: str = "sample"
+    neighbours: int | None = None
+    first_blocks: int = 0
 
     def sites(self, model: nn.Module) -> list[Site]:
         """Every site of the model, in module order, parents after children."""

@@ -145,6 +145,6 @@ class PixArtFamily(TransformerFamily):
 
 
 FAMILIES = (
-    DiTFamily("dit", ("DiTTransformer2DModel",), "diffusers", "hidden_states"),
-    PixArtFamily("pixart", ("PixArtTransformer2DModel",), "diffusers", "hidden_states"),
+    DiTFamily("dit", ("DiTTransformer2DModel",), "diffusers", "hidden_states", neighbours=2),
+    PixArtFamily("pixart", ("PixArtTransformer2DModel",), "diffusers", "hidden_states", neighbours=2),
 )

@@ -242,6 +242,6 @@ class SD3Family(MMDiTFamily):
 
 
 FAMILIES = (
-    FluxFamily("flux", ("FluxTransformer2DModel",), "diffusers", "hidden_states"),
-    SD3Family("sd3", ("SD3Transformer2DModel",), "diffusers", "hidden_states"),
+    FluxFamily("flux", ("FluxTransformer2DModel",), "diffusers", "hidden_states", neighbours=2, first_blocks=1),
+    SD3Family("sd3", ("SD3Transformer2DModel",), "diffusers", "hidden_states", neighbours=2, first_blocks=1),
 )

@@ -108,7 +108,12 @@ def outermost(modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
 
 def conflicts(first: Candidate, second: Candidate) -> bool:
     """Whether two candidates change the same module, or one lies in what the other changes."""
-    return any(a == b or a.startswith(f"{b}.") or b.startswith(f"{a}.") for a in first.paths for b in second.paths)
+    return any(nested(a, b) for a in first.paths for b in second.paths)
+
+
+def nested(first: str, second: str) -> bool:
+    """Whether two module paths are the same, or one module lies in the other."""
+    return f"{first}.".startswith(f"{second}.") or f"{second}.".startswith(f"{first}.")
 
 
 def exclusions(candidates: Sequence[Candidate]) -> list[tuple[int, ...]]:

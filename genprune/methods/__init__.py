@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from genprune.methods.base import FORMAT_VERSION, Method
 from genprune.methods.ecodiff import EcoDiff
+from genprune.methods.layers import FinerCut, LaptopDiff
 from genprune.methods.obs import OBS
 from genprune.methods.registry import MethodCard, method_from_json, method_named, methods
 from genprune.methods.simple import Magnitude, Random
@@ -13,6 +14,8 @@ __all__ = [
     "FORMAT_VERSION",
     "OBS",
     "EcoDiff",
+    "FinerCut",
+    "LaptopDiff",
     "Magnitude",
     "Method",
     "MethodCard",

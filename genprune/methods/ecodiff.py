@@ -12,11 +12,11 @@ from genprune.allocation.request import eligible
 from genprune.errors import BadCalibrationData, GenpruneError, nearest
 from genprune.families import denoiser_slot
 from genprune.masks.settings import MaskTraining, as_pairs
-from genprune.methods.base import Method, ScoringContext
+from genprune.methods.base import ScoringContext, UnitMethod
 
 
 @dataclass(frozen=True)
-class EcoDiff(MaskTraining, Method):
+class EcoDiff(MaskTraining, UnitMethod):
     """Logits learned by how the masked pipeline's final latents differ from the dense ones, under the whole budget.
 
     Needs a pipeline and, for text-to-image, prompts. One run's logits serve plans for every budget: `gp.score` once,
@@ -25,7 +25,7 @@ class EcoDiff(MaskTraining, Method):
     more benefit per cost.
 
     Args:
-        All of `genprune.masks.MaskTraining` (how masks are learned) and of `Method` (the budget).
+        All of `genprune.masks.MaskTraining` (how masks are learned) and of `UnitMethod` (the budget).
 
     Reference:
         EcoDiff, "Learnable Sparsity for Vision Generative Models" (arXiv 2412.02852).

@@ -10,11 +10,11 @@ from genprune.criteria import criterion_named
 from genprune.criteria.obs import FORMS, FUSIONS, check_option
 from genprune.denoising.replay import STEP_WEIGHTS, check_step_weights, recorded_calls
 from genprune.errors import GenpruneError
-from genprune.methods.base import Method, check_range, check_whole
+from genprune.methods.base import UnitMethod, check_range, check_whole
 
 
 @dataclass(frozen=True)
-class OBS(Method):
+class OBS(UnitMethod):
     """Units whose consumer layer loses least when the others take over; needs prompts (a pipeline) or data (a model).
 
     Heads, neurons and channels only: other kinds have no layer that reads their units.

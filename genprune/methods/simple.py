@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from genprune.criteria import criterion_named
-from genprune.methods.base import Method
+from genprune.methods.base import UnitMethod
 
 
 @dataclass(frozen=True)
-class Random(Method):
+class Random(UnitMethod):
     """Random units under the budget; the baseline that every method has to beat."""
 
     name: ClassVar[str] = "random"
@@ -20,7 +20,7 @@ class Random(Method):
 
 
 @dataclass(frozen=True)
-class Magnitude(Method):
+class Magnitude(UnitMethod):
     """Units of small weights go, each layer relative to itself; needs no data."""
 
     name: ClassVar[str] = "magnitude"

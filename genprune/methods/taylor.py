@@ -10,11 +10,11 @@ from genprune.criteria import criterion_named
 from genprune.denoising import calibration_batches
 from genprune.errors import GenpruneError
 from genprune.families import denoiser_slot
-from genprune.methods.base import Method, check_range, check_whole, with_progress
+from genprune.methods.base import UnitMethod, check_range, check_whole, with_progress
 
 
 @dataclass(frozen=True)
-class Taylor(Method):
+class Taylor(UnitMethod):
     """Units whose removal changes the loss least, to first order; needs prompts (a pipeline) or data (a model).
 
     Args:

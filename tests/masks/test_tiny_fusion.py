@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 
 import pytest
@@ -212,6 +213,14 @@ def test_another_budget_keeps_the_likeliest_layers_of_each_group():
     for start in (0, 3):
         names = [f"blocks.{index}:block" for index in range(start, start + 3)]
         assert kept & set(names) == {max(names, key=values.get)}
+
+
+def test_the_plan_is_the_decision_and_not_the_likeliest_layers():
+    scores = score(six_blocks(), labelled(), groups=(2, 3))
+    least = {layers: tuple(sorted(layers, key=lambda name: scores.values[name])[:2]) for layers in scores.decisions}
+    other = dataclasses.replace(scores, decisions=least)
+    assert gone(other) == sorted(set(scores.values) - set(sum(least.values(), ()))) != gone(scores)
+    assert gone(other, groups=(1, 3)) == gone(scores, groups=(1, 3))
 
 
 def test_what_is_protected_stays():

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from genprune.errors import GenpruneError
+from genprune.layers.handing_out import Copies, Recalled, rebuilt, same
 from genprune.layers.swapping import placed, slot_of, swapped
-from genprune.layers.timeline import Moment, Recalled, Timeline, rebuilt
+from genprune.layers.timeline import Moment, Timeline
 
 Changes = Mapping[str, Mapping[str, nn.Module]]
 _NOTHING: Mapping[str, nn.Module] = {}
@@ -97,8 +98,9 @@ class _Sweep:
         self._restore()
         change = self.changes[name]
         with swapped(self.model, self.base):
+            copies = Copies()
             recalled = [
-                (moment.slot, Recalled(moment.module, moment.output, moment.path in self.copied))
+                (moment.slot, Recalled(moment.module, moment.output, copies if moment.path in self.copied else same))
                 for moment in self.needs[name]
             ]
             stand_ins = [(self.slots[path], module) for path, module in change.items()]

@@ -3,39 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
+from genprune.layers.handing_out import Copies, rebuilt, same, versions
 from genprune.layers.swapping import Slot
 
 # Called or not, hosts index these and iterate over them: what they hold is seen in their place.
 CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
-
-
-class Recalled(nn.Module):
-    """Stands for a module that has run before and returns what it returned then, whatever it is given.
-
-    Everything else is the original's: attributes that hosts read, and parameters, in the same order.
-    """
-
-    def __init__(self, original: nn.Module, output: Any, copies: bool = False):
-        super().__init__()
-        self.original = original
-        self.training = original.training
-        self._recalled = output  # a plain name could hide an attribute of the original's
-        self._handed_out = Tensor.clone if copies else _same
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(super().__getattr__("original"), name)
-
-    def forward(self, *args, **kwargs) -> Any:
-        return rebuilt(self._recalled, self._handed_out)
 
 
 @dataclass
@@ -74,7 +52,7 @@ class Moment:
 
     def edited(self) -> bool:
         """Whether a kept tensor was changed in place since."""
-        return self.kept and self.versions != _versions(self.output)
+        return self.kept and self.versions != versions(self.output)
 
 
 class Timeline:
@@ -87,7 +65,8 @@ class Timeline:
         model: the model that will be called.
         paths: modules of interest, looked up before.
         keep: whether to keep outputs: of each module beside a path of interest that has not begun yet.
-        copied: paths of modules whose output is edited in place later: a copy is kept.
+        copied: paths of modules whose output is edited in place later: a copy is kept, and none of what a module
+            returns that did such an edit itself, since its edit has to be done again.
     """
 
     def __init__(
@@ -102,7 +81,9 @@ class Timeline:
         self.moments: dict[str, Moment] = {}
         self.root = self._moment("", None, model)
         self.tick = 0
-        self.running: dict[str, None] = {}
+        self.running: dict[str, dict[str, tuple[int, ...]]] = {}  # path -> versions of originals when it began
+        self.originals: dict[str, Any] = {}  # of outputs that are copied
+        self.copies = Copies()
 
     def _moment(self, path: str, slot: Slot | None, module: nn.Module) -> Moment:
         moment = self.moments[path] = Moment(path, slot)
@@ -123,6 +104,12 @@ class Timeline:
     def __exit__(self, *error) -> None:
         for hook in self.hooks:
             hook.remove()
+        self.originals.clear()
+        self.copies = None
+
+    def edits(self) -> dict[str, tuple[int, ...]]:
+        """Versions of the outputs that are edited in place, by path."""
+        return {path: versions(output) for path, output in self.originals.items()}
 
     def start_of(self, paths: Iterable[str]) -> float:
         """When the first of some modules of interest began; a module that is never called begins with the one around.
@@ -159,7 +146,7 @@ class _Watcher:
         line.tick += 1
         moment.calls += 1
         moment.start = min(moment.start, line.tick)
-        line.running[moment.path] = None
+        line.running[moment.path] = line.edits()
         if moment.path in line.ahead:
             del line.ahead[moment.path]
             for outer in _above(moment.path):
@@ -169,17 +156,21 @@ class _Watcher:
         line, moment = self.timeline, self.moment
         line.tick += 1
         moment.end = line.tick
-        line.running.pop(moment.path, None)
+        before, now = line.running.pop(moment.path, {}), line.edits()
         moment.forget()  # one that runs twice returns twice: it is computed anew each time
-        if not (line.keep and moment.calls == 1 and self._is_of_use()):
+        edited = any(now[path] != then for path, then in before.items())
+        if edited or not (line.keep and moment.calls == 1 and self._is_of_use()):
             return
+        copied = moment.path in line.copied
         try:
             # Containers are rebuilt, so that a list that the host empties later stays full here.
-            output = rebuilt(output, Tensor.clone if moment.path in line.copied else _same)
-            moment.versions = _versions(output)
+            kept = rebuilt(output, line.copies if copied else same)
+            moment.versions = versions(kept)
         except TypeError:  # holds something that cannot be handed out twice
             return
-        moment.output = output
+        moment.output = kept
+        if copied:
+            line.originals[moment.path] = output
 
     def _is_of_use(self) -> bool:
         """Whether something of interest is ahead in the module that runs around this one."""
@@ -203,39 +194,3 @@ def _children(path: str, module: nn.Module) -> Iterator[tuple[str, Slot, nn.Modu
             yield from _children(inner, child)
         else:
             yield inner, (module, name), child
-
-
-def _same(value: Any) -> Any:
-    return value
-
-
-def rebuilt(value: Any, change: Callable[[Tensor], Tensor] = _same, strict: bool = True) -> Any:
-    """The same containers anew, with `change` of each tensor in them.
-
-    Raises:
-        TypeError: `strict`, and something is neither a tensor, a number, a text, None, nor a container of such.
-    """
-    if isinstance(value, Tensor):
-        return change(value)
-    if isinstance(value, Mapping):  # also the host's output classes
-        items = {name: rebuilt(item, change, strict) for name, item in value.items()}
-        return items if type(value) is dict else type(value)(**items)
-    if isinstance(value, (list, tuple)):
-        items = [rebuilt(item, change, strict) for item in value]
-        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
-    if strict and not isinstance(value, (int, float, str, type(None))):
-        raise TypeError(f"{type(value).__name__} is no plain output")
-    return value
-
-
-def _versions(value: Any) -> tuple[int, ...]:
-    versions: list[int] = []
-
-    def note(tensor: Tensor) -> Tensor:
-        if tensor.is_inference():
-            raise TypeError("a tensor made in inference mode does not know that it was edited")
-        versions.append(tensor._version)
-        return tensor
-
-    rebuilt(value, note)
-    return tuple(versions)

@@ -36,7 +36,8 @@ def feature_pairs(
         teacher: the dense model or its pipeline.
         plan: what the student was cut by; needed for a stock export whose blocks were renumbered.
         pairing: where blocks behind a surviving one went, `end_of_run` pairs its output with the teacher's at the end
-            of those that went: the next survivor reads it and was trained on that. `same` pairs it with its own.
+            of those that went: the next survivor reads it and was trained on that. `same` pairs it with its own, as
+            the stages of a U-Net always do.
         pairs: used instead, after a look that both modules exist.
 
     Returns:
@@ -86,6 +87,10 @@ def is_removed(module: nn.Module | None) -> bool:
     return isinstance(module, Tombstone) and not any(True for _ in module.parameters())
 
 
+def _is_u_shaped(model: nn.Module) -> bool:
+    return hasattr(model, "down_blocks") and hasattr(model, "up_blocks")
+
+
 def _sides(student: nn.Module, teacher: nn.Module) -> tuple[tuple[nn.Module, str], ...]:
     return (student, "student"), (teacher, "teacher")
 
@@ -105,6 +110,8 @@ def _pairs_of_list(
     """The pairs of one list of blocks."""
     places = _places(student, teacher, name, length, plan)
     survivors = [index for index in range(length) if places[index] is not None]
+    if _is_u_shaped(teacher):
+        pairing = "same"  # a stage changes the resolution: the end of a run of them is not comparable
     pairs = []
     for index, following in zip(survivors, [*survivors[1:], length]):
         other = following - 1 if pairing == "end_of_run" else index
@@ -123,10 +130,10 @@ def _places(
         paths = [f"{name}.{index}" for index in range(length)]
     elif plan is not None:
         paths = _exported(teacher, name, length, plan)
-    elif name == "up_blocks" and 0 < found < length and hasattr(teacher, "down_blocks"):
+    elif name == "up_blocks" and 0 < found < length and _is_u_shaped(teacher):
         # The stages of a U-Net count from the picture inwards: those that went are the innermost.
         paths = [None] * (length - found) + [f"{name}.{index}" for index in range(found)]
-    elif name == "down_blocks" and 0 < found < length and hasattr(teacher, "up_blocks"):
+    elif name == "down_blocks" and 0 < found < length and _is_u_shaped(teacher):
         paths = [f"{name}.{index}" for index in range(found)] + [None] * (length - found)
     else:
         raise PlanMismatch(

@@ -51,6 +51,7 @@ _LAZY = {
     "Taylor": "genprune.methods",
     "EcoDiff": "genprune.methods",
     "LaptopDiff": "genprune.methods",
+    "LDPruner": "genprune.methods",
     "FinerCut": "genprune.methods",
     "load_pipeline": "genprune.pipelines",
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -245,6 +246,8 @@ class PruningPlan:
         for kind, masks in by_kind.items():
             gone, total = sum(int((~m).sum()) for m in masks), sum(m.numel() for m in masks)
             lines.append(f"  {kind:<10} {gone:>7,} of {total:,} units go, at {len(masks)} sites")
+        operators = Counter(str(op.get("with", op.get("op"))) for op in self.ops)
+        lines += [f"  {'operators':<10} {count:>7,} x {name}" for name, count in operators.items()]
         for quantity, unit in (("params", ""), ("macs", ""), ("latency_ms", " ms")):
             if quantity in self.figures and f"dense_{quantity}" in self.figures:
                 kept, dense = self.figures[quantity], self.figures[f"dense_{quantity}"]
@@ -252,6 +255,12 @@ class PruningPlan:
                 lines.append(f"  {quantity:<10} {kept:,.6g}{unit} of {dense:,.6g}{unit} ({kept / dense:.1%}){device}")
             elif quantity == "latency_ms" and self.figures:
                 lines.append("  latency    not measured (make_plan(..., measure_latency=True) measures it)")
+        if "additivity" in self.made_by:
+            found = self.made_by["additivity"]
+            lines.append(
+                f"  additivity Pearson {found['pearson']:.3f}, Spearman {found['spearman']:.3f} over "
+                f"{len(found['true'])} random sets; layers chosen by {self.made_by.get('selection', 'knapsack')}"
+            )
         if "budget" in self.made_by:
             budget = self.made_by["budget"]
             lines.append(f"  asked for keep={budget['keep']:g} of {budget['of']}, reached {budget['reached']:.4f}")

@@ -49,9 +49,9 @@ def with_latencies(
 ) -> tuple[list[Candidate], float, str]:
     """The candidates with `saves["latency"]` in milliseconds, the model's own milliseconds, and the device in words.
 
-    A removal saves the time of the modules that leave; an operator saves what the module takes less what it takes
-    itself on the same inputs. Medians over rounds. Neighbouring work overlaps on a GPU, so that a plan's saving is
-    measured again as a whole by `make_plan`.
+    A removal saves the time of the modules that leave, an operator what its module takes less what it takes itself on
+    the same inputs, and units that go their share of their module. Medians over rounds. Neighbouring work overlaps on
+    a GPU, so that a plan's saving is measured again as a whole by `make_plan`.
 
     Args:
         model: in evaluation mode, on the device to time.
@@ -61,7 +61,9 @@ def with_latencies(
     parameter = next(model.parameters())
     inputs = family_of(model).example_inputs(model, point, parameter.device, parameter.dtype)
     modules = {candidate.name: stand_ins(model, sites, candidate) for candidate in candidates}
-    paths = list(dict.fromkeys(path for found in modules.values() for path in found))
+    narrowed = {c.name: [(sites[n].path, m) for n, m in c.keep.items() if m.any()] for c in candidates}
+    paths = [*(path for found in modules.values() for path in found), *(p for n in narrowed.values() for p, _ in n)]
+    paths = list(dict.fromkeys(paths))
     whole: list[float] = []
     for index in range(WARM_UP + rounds):
         synchronize(parameter.device)
@@ -90,6 +92,7 @@ def with_latencies(
             takes[path] - _own_time(stand_in, given[path], parameter.device, rounds)
             for path, stand_in in modules[candidate.name].items()
         )
+        saved += sum(takes[path] * (1 - float(mask.float().mean())) for path, mask in narrowed[candidate.name])
         timed.append(dataclasses.replace(candidate, saves={**candidate.saves, "latency": max(saved, 0.0) * 1000}))
     return timed, statistics.median(whole) * 1000, device_name(parameter.device)
 

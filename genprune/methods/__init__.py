@@ -5,6 +5,7 @@ from __future__ import annotations
 from genprune.methods.base import FORMAT_VERSION, Method
 from genprune.methods.ecodiff import EcoDiff
 from genprune.methods.layers import FinerCut, LaptopDiff
+from genprune.methods.ld_pruner import LDPruner
 from genprune.methods.obs import OBS
 from genprune.methods.registry import MethodCard, method_from_json, method_named, methods
 from genprune.methods.simple import Magnitude, Random
@@ -15,6 +16,7 @@ __all__ = [
     "OBS",
     "EcoDiff",
     "FinerCut",
+    "LDPruner",
     "LaptopDiff",
     "Magnitude",
     "Method",

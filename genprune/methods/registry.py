@@ -11,12 +11,13 @@ from genprune.errors import GenpruneError, nearest
 from genprune.methods.base import FORMAT_VERSION, Method
 from genprune.methods.ecodiff import EcoDiff
 from genprune.methods.layers import FinerCut, LaptopDiff
+from genprune.methods.ld_pruner import LDPruner
 from genprune.methods.obs import OBS
 from genprune.methods.simple import Magnitude, Random
 from genprune.methods.taylor import Taylor
 
 _METHODS: dict[str, type[Method]] = {
-    cls.name: cls for cls in (Random, Magnitude, Taylor, OBS, EcoDiff, LaptopDiff, FinerCut)
+    cls.name: cls for cls in (Random, Magnitude, Taylor, OBS, EcoDiff, LaptopDiff, LDPruner, FinerCut)
 }
 
 

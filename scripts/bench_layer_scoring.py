@@ -5,8 +5,10 @@
 
 The naive loop runs the whole model once for each removed layer. Prefix reuse runs only what lies behind that layer.
 `scoring_cost_over_limit_HOST` is the time of reuse over that of the naive loop, divided by the same ratio of counted
-MACs: 1 means that every multiply-accumulate that need not run saves its share of time. Weights are random, so nothing
-here speaks of quality. Every host runs in a process of its own.
+MACs: 1 means that every multiply-accumulate that need not run saves its share of time. It is below 1 where what is
+spared takes more time for a multiply-accumulate than the rest, and above where it takes less;
+`scoring_cpu_cost_over_measured_behind_HOST` sets the same ratio against the measured CPU time of what lies behind each
+layer instead. Weights are random, so nothing here speaks of quality. Every host runs in a process of its own.
 """
 
 from __future__ import annotations
@@ -55,6 +57,7 @@ def figures(parts: dict[str, Any]) -> dict[str, float]:
             f"scoring_time_ratio_{name}": part["time_ratio"],
             f"scoring_cpu_time_ratio_{name}": part["cpu_time_ratio"],
             f"scoring_counted_ratio_{name}": part["counted_ratio"],
+            f"scoring_cpu_cost_over_measured_behind_{name}": part["cpu_cost_over_measured_behind"],
         }
     return found
 

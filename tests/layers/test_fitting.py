@@ -58,7 +58,7 @@ class Plain(nn.Module):
 
 def batches(*shape: int, count: int = 4) -> list[ModelCall]:
     torch.manual_seed(1)
-    scale = torch.linspace(0.5, 2, shape[-1])
+    scale = torch.linspace(0.05, 2, shape[-1])
     return [ModelCall(torch.randn(shape) * scale + 0.3, weight=1.0 + 0.5 * i) for i in range(count)]
 
 
@@ -406,6 +406,14 @@ def test_the_model_stays_as_it_was(fails: bool):
         assert type(module) is type(other)
     for (name, parameter), other in zip(model.named_parameters(), before.parameters()):
         assert torch.equal(parameter, other) and parameter.requires_grad == other.requires_grad, name
+
+
+@torch.no_grad()
+def test_fits_are_of_the_model_in_evaluation_mode():
+    torch.manual_seed(0)
+    model = Plain(nn.Sequential(nn.Linear(6, 4), nn.Dropout(0.5))).train()
+    operator = one(model, "part", "linear", {"streams": [["input", 6, 4]]}, batches(5, 7, 6), damping=0.0)
+    torch.testing.assert_close(operator.replacement["input"].weight, model.part[0].weight, **FLOAT64)
 
 
 def test_half_precision_models_get_operators_of_their_own():

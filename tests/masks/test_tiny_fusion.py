@@ -15,7 +15,9 @@ import genprune as gp
 from genprune.costs import site_costs
 from genprune.errors import BadCalibrationData, BudgetUnreachable, GenpruneError, NoMatchingSites, PlanMismatch
 from genprune.gates import gated_sites
-from genprune.masks.depth_training import relative_distance
+from genprune.masks.depth_batches import BatchPool
+from genprune.masks.depth_groups import DepthGroup
+from genprune.masks.depth_training import DepthProblem, _Output, _Run, relative_distance
 from genprune.masks.low_rank import LowRankUpdates, low_rank_tensors
 from genprune.methods.tiny_fusion import TinyFusion
 
@@ -130,6 +132,24 @@ def test_low_rank_updates_are_trained(tmp_path):
     ups = [value for name, value in tensors.items() if name.startswith("logits/lora/") and name.endswith("/up")]
     assert ups and all(value.abs().max() > 0 for value in ups)
     assert len(json.loads((tmp_path / "curve.json").read_text())) == 3
+
+
+def test_the_model_to_be_near_is_whole_and_without_updates():
+    model, data = vit().eval(), labelled()
+    groups = [DepthGroup(tuple(f"blocks.{index}:block" for index in range(3)), 1)]
+    settings = TinyFusion(**QUICK)
+    run = _Run(
+        DepthProblem(model, gp.find_sites(model), groups, BatchPool(model, settings, 0, data=data)), settings, 0
+    )
+    batch = run.problem.batches.batch(0)
+    with torch.no_grad():
+        dense = model(batch.images)
+        for name, values in run.updates.tensors.items():
+            values.normal_(generator=torch.Generator().manual_seed(len(name)))
+    with run.updates, run.gates(), _Output(model) as output:
+        run._set({name: torch.zeros(1) for name in groups[0].layers})
+        assert torch.equal(run._dense(batch, output), dense)
+        assert not torch.allclose(model(batch.images), dense, atol=1e-2)
 
 
 def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(tmp_path):

@@ -35,7 +35,7 @@ FLOORS = (
     ),
     ("denoising", "metrics"),
     ("criteria", "masks", "allocation", "schedules", "recovery", "layers", "tokens", "scores"),
-    ("methods", "planning"),
+    ("methods", "planning", "presets"),
     ("routers",),
     ("pipelines",),
     ("bench",),

@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from genprune.families import OperatingPoint, StockExport, renumbered
+from genprune.families import OperatingPoint, StockExport
 from genprune.families.attention import attention_heads, feed_forward_neurons, residual_branch
 from genprune.families.diffusers_family import DiffusersFamily
+from genprune.families.unet_stock import unet_stock_config
 from genprune.replacements import PassThrough, Tombstone
-from genprune.sites import GatePoint, Replacement, Site, Sites, Slice, effective_keep
+from genprune.sites import GatePoint, Replacement, Site, Sites, Slice
 
 
 class ShortcutResnet(Tombstone):
@@ -209,35 +210,7 @@ class UNetFamily(DiffusersFamily):
     def stock_config(
         self, model: nn.Module, sites: Sites, keep: Mapping[str, Tensor], ops: Sequence[Mapping[str, Any]] = ()
     ) -> StockExport | None:
-        keep = effective_keep(sites, keep)
-        if ops:
-            return None
-        if any(sites[name].kind != "block" for name in keep):
-            return None  # a stock configuration counts transformer blocks; it knows no other hole and no other width
-        config, rename = self.config(model), {}
-        if not keep:
-            return StockExport(config, rename)
-
-        def counts(path: str, part: nn.Module) -> list[int] | int:
-            """Blocks left in each wrapper of one resolution; 1, which nobody reads, where it has no wrappers."""
-            left = []
-            for index, wrapper in enumerate(getattr(part, "attentions", None) or ()):
-                blocks = f"{path}.attentions.{index}.transformer_blocks"
-                gone = [f"{blocks}.{i}:block" in keep for i in range(len(wrapper.transformer_blocks))]
-                rename.update(renumbered(blocks, gone))
-                left.append(gone.count(False))
-            return left or 1
-
-        down = [counts(f"down_blocks.{i}", part) for i, part in enumerate(model.down_blocks)]
-        up = [counts(f"up_blocks.{i}", part) for i, part in enumerate(model.up_blocks)]
-        if isinstance(middle := counts("mid_block", model.mid_block), list):
-            # The host builds the middle from the last entry, of which a list gives its first number.
-            if down[-1] == 1:
-                down[-1] = middle
-            elif down[-1][:1] != middle:
-                return None
-        config["transformer_layers_per_block"], config["reverse_transformer_layers_per_block"] = down, up
-        return StockExport(config, rename)
+        return unet_stock_config(self.config(model), model, sites, keep, ops)
 
 
 FAMILIES = (

@@ -113,19 +113,19 @@ def fixed_groups(runs: Iterable[Sequence[str]], kept: int, size: int) -> list[De
 def groups_for(
     runs: Iterable[Sequence[str]], size: int, costs: Mapping[str, float], total: float, target: float
 ) -> list[DepthGroup]:
-    """Groups of `size` layers that together come as near to a budget as counts of layers can.
+    """Groups of up to `size` layers that together come as near to a budget as counts of layers can.
 
     The same share goes from all groups, as evenly as whole layers allow; then single layers more or less, where that
     comes nearer. Layers of one group count at their mean cost, because which of them stay is not known yet.
 
     Args:
         runs: as `sequences` returns them.
-        size: layers of a group; the last one of a run may be shorter.
+        size: layers of a group at most; a run is split into as few groups as that allows, of nearly equal lengths.
         costs: layer -> what goes with it.
         total: what is there with all layers.
         target: what is to stay.
     """
-    pieces = [_pieces(run, size) for run in runs]
+    pieces = [_even_pieces(run, size) for run in runs]
     groups = [layers for run in pieces for layers in run]
     mean = [sum(costs[name] for name in layers) / len(layers) for layers in groups]
 
@@ -160,3 +160,10 @@ def _spread(pieces: Sequence[Sequence[Sequence[str]]], share: float) -> list[int
 
 def _pieces(run: Sequence[str], size: int) -> list[tuple[str, ...]]:
     return [tuple(run[start : start + size]) for start in range(0, len(run), size)]
+
+
+def _even_pieces(run: Sequence[str], size: int) -> list[tuple[str, ...]]:
+    """Ten layers in fours are 4, 3 and 3: a last group of two would be all or nothing more often than the others."""
+    count = math.ceil(len(run) / size)
+    ends = [math.ceil(len(run) * index / count) for index in range(count + 1)]
+    return [tuple(run[start:end]) for start, end in itertools.pairwise(ends)]

@@ -48,7 +48,7 @@ class TinyFusion(DepthTraining, Method):
         All of `genprune.masks.depth_settings.DepthTraining` (how it is learned) and of `Method` (the budget).
         keep: share of the dense model that stays, or None: what the groups say.
         groups: (kept, layers) of each group, or None: as the budget needs.
-        group_size: layers of a group where `groups` is None, >= 1.
+        group_size: layers of a group at most, where `groups` is None, >= 1.
 
     Reference:
         TinyFusion, "Diffusion Transformers Learned Shallow" (arXiv 2412.01199); written from the paper.

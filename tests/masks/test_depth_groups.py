@@ -85,6 +85,13 @@ def test_groups_for_a_budget_come_as_near_as_whole_layers_can():
         assert max(removed) - min(removed) <= 1  # evenly along the run
 
 
+def test_groups_for_a_budget_are_of_nearly_equal_lengths():
+    run = tuple("abcdefghij")
+    groups = groups_for([run], 4, dict.fromkeys(run, 1.0), 10.0, 4.0)
+    assert [len(each.layers) for each in groups] == [4, 3, 3] and [each.kept for each in groups] == [2, 1, 1]
+    assert sum((each.layers for each in groups), ()) == run
+
+
 def test_groups_of_unequal_layers_use_the_cheap_ones_for_the_rest():
     runs, costs = [tuple("ab"), tuple("cd")], {"a": 50.0, "b": 50.0, "c": 8.0, "d": 8.0}
     groups = groups_for(runs, 2, costs, 120.0, 54.0)

@@ -105,6 +105,13 @@ def test_residual_zeros_are_the_skipped_module():
     assert torch.equal(operator(inputs), inputs)
 
 
+def test_activations_and_norms_become_what_they_are_called():
+    inputs = torch.tensor([[-2.0, -0.0, 3.0, 0.5]])
+    assert from_weights("relu", nn.GELU())(inputs).tolist() == [[0.0, 0.0, 3.0, 0.5]]
+    for module in (nn.SiLU(), nn.LayerNorm(4)):
+        assert from_weights("identity", module)(inputs) is inputs
+
+
 def test_gradients_reach_the_own_layers_alone():
     operator = OPERATORS["linear"].build(nn.Linear(4, 4), {"streams": [["input", 4, 4]]})
     operator(torch.randn(2, 4)).sum().backward()

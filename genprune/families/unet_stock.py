@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from genprune.families import StockExport
+from genprune.families.unet_fields import keep_stages, middle_stays, write_depths, write_layers
 from genprune.sites import Sites, effective_keep
 
 # Stages whose layers stand in a row, each with its skip, and the same stage without attention.
@@ -25,19 +26,6 @@ _WITHOUT_ATTENTION = {
     "AttnDownBlock2D": "DownBlock2D",
     "AttnUpBlock2D": "UpBlock2D",
 }
-# Fields of the configuration with one entry for each stage, where they are no single value.
-_PER_STAGE = (
-    "block_out_channels",
-    "down_block_types",
-    "layers_per_block",
-    "transformer_layers_per_block",
-    "attention_head_dim",
-    "num_attention_heads",
-    "cross_attention_dim",
-    "only_cross_attention",
-)
-_PER_STAGE_UPWARDS = ("up_block_types", "reverse_transformer_layers_per_block")
-_MIDDLE_READS_LAST = ("attention_head_dim", "num_attention_heads", "cross_attention_dim")
 _RESNET = re.compile(r"(down_blocks\.\d+|mid_block)\.resnets\.\d+")
 
 
@@ -97,16 +85,17 @@ class _Shape:
     def export(self) -> StockExport:
         stages = len(self.widths)
         left = self._stages_left()
-        middle = self._middle(moved=left < stages)
+        middle = self._middle(left)
         layers, down, up = zip(*(self._stage(index, left) for index in range(left)))
         if self.holes - self.said:
             raise _NotSaid
         for index in range(left, stages):
             self.moves[f"down_blocks.{index}."] = self.moves[f"up_blocks.{stages - 1 - index}."] = None
-        self._cut_stage_fields(left)
-        self._write_layers(list(layers))
-        if self.conditional:
-            self._write_depths(list(down), middle, list(up))
+        keep_stages(self.config, left)
+        if not write_layers(self.config, layers):
+            raise _NotSaid
+        if self.conditional and not write_depths(self.config, down, middle, up):
+            raise _NotSaid
         return StockExport(self.config, _needed(self.moves))
 
     # ---- stages and the middle ----------------------------------------------------------------------------------
@@ -133,7 +122,7 @@ class _Shape:
             self.moves[f"down_blocks.{left - 1}.downsamplers."] = None
         return left
 
-    def _middle(self, moved: bool) -> int | None:
+    def _middle(self, left: int) -> int | None:
         """Transformer blocks left in the middle; None where it has none, or is gone."""
         part = self.model.mid_block
         if part is None:
@@ -143,10 +132,8 @@ class _Shape:
         resnets = [f"mid_block.resnets.{index}:branch" for index in range(len(part.resnets))]
         gone = [name in self.holes for name in resnets]
         whole = wrappers.union(resnets) <= self.holes
-        if moved and not whole:
-            lists = [self.config[field] for field in _MIDDLE_READS_LAST if _is_list(self.config.get(field))]
-            if any(len(set(each[-2:])) > 1 for each in lists):
-                raise _NotSaid
+        if not whole and not middle_stays(self.config, left):
+            raise _NotSaid
         if not any(gone) and not (wrappers & self.holes):
             depths = [self._blocks("mid_block", part, i, f"mid_block.attentions.{i}") for i in attentions]
             return depths[0] if depths else None
@@ -271,61 +258,10 @@ class _Shape:
             left += not is_gone
         return left
 
-    # ---- the configuration --------------------------------------------------------------------------------------
-
-    def _cut_stage_fields(self, left: int) -> None:
-        stages = len(self.widths)
-        for fields, part in ((_PER_STAGE, slice(left)), (_PER_STAGE_UPWARDS, slice(stages - left, stages))):
-            for field in fields:
-                if left < stages and _is_list(self.config.get(field)):
-                    self.config[field] = self.config[field][part]
-
-    def _write_layers(self, layers: list[int]) -> None:
-        given = self.config["layers_per_block"]
-        if layers == (list(given) if _is_list(given) else [given] * len(layers)):
-            return
-        if len(set(layers)) == 1:
-            self.config["layers_per_block"] = layers[0]
-        elif self.conditional:
-            self.config["layers_per_block"] = layers
-        else:
-            raise _NotSaid  # `UNet2DModel` has one number for all stages
-
-    def _write_depths(self, down: list[list[int] | None], middle: int | None, up: list[list[int] | None]) -> None:
-        """Write the transformer blocks of each stage: one number where all its wrappers have as many.
-
-        Args:
-            down, up: of each stage, from the picture inwards.
-            middle: the host takes this from the last stage, of which a list gives its first number.
-        """
-        given = self.config["transformer_layers_per_block"]
-        found = [{*(below or ()), *(above or ())} for below, above in zip(down, up)]
-        if middle is not None:
-            found[-1].add(middle)
-        if all(len(numbers) <= 1 for numbers in found):
-            before = list(given) if _is_list(given) else [given] * len(found)
-            before = [number if isinstance(number, int) else 1 for number in before]
-            depths = [next(iter(numbers), number) for numbers, number in zip(found, before)]
-            single = not _is_list(given) and len(set(depths)) == 1
-            self.config["transformer_layers_per_block"] = depths[0] if single else depths
-            self.config["reverse_transformer_layers_per_block"] = None
-            return
-        if middle is not None and down[-1] is None:
-            down[-1] = [middle]
-        elif middle is not None and down[-1][0] != middle:
-            raise _NotSaid
-        # 1, which nobody reads, where a stage has no wrappers
-        self.config["transformer_layers_per_block"] = [depths or 1 for depths in down]
-        self.config["reverse_transformer_layers_per_block"] = [depths or 1 for depths in reversed(up)]
-
 
 def _attentions(part: nn.Module) -> Sequence[nn.Module | None]:
     attentions = getattr(part, "attentions", None)
     return () if attentions is None else list(attentions)
-
-
-def _is_list(value: Any) -> bool:
-    return isinstance(value, (list, tuple))
 
 
 def _needed(moves: Mapping[str, str | None]) -> dict[str, str | None]:

@@ -15,7 +15,7 @@ from genprune.denoising.activations import PACKAGE_BYTES, shown
 from genprune.denoising.replay import ModelCall
 from genprune.errors import BadCalibrationData, GenpruneError, nearest
 from genprune.layers.moments import ChannelMoments, PairMoments
-from genprune.operators import Operator, operator_named
+from genprune.operators import Operator, beside, operator_named
 from genprune.recovery.least_squares import least_squares
 from genprune.untouched import untouched
 
@@ -66,7 +66,7 @@ def fitted(
             measured.setdefault(place, _Measurement(path, removed)).operators.append(operator)
         else:
             operator = cls.from_weights(removed, settings)
-        found[key] = _beside(operator, removed, model)
+        found[key] = beside(operator, removed, model)
     solver = _Solver(damping)
     groups = _packages(list(measured.values()), modules_per_pass)
     calls = calls if len(groups) < 2 else list(calls)  # an iterator has one pass
@@ -97,14 +97,6 @@ def _module(model: nn.Module, path: str) -> nn.Module:
             f"{type(model).__name__} has no module '{path}'{nearest(path, known)}; expected the path of a module. "
             "List them with model.named_modules()."
         ) from None
-
-
-def _beside(operator: Operator, removed: nn.Module, model: nn.Module) -> Operator:
-    """The operator on the model's device and in its dtype, where its module has no tensors to tell them."""
-    if any(True for _ in removed.parameters()) or any(True for _ in removed.buffers()):
-        return operator
-    like = next((p for p in model.parameters() if p.is_floating_point()), None)
-    return operator if like is None else operator.to(like.device, like.dtype)
 
 
 @dataclass

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from genprune.errors import GenpruneError, nearest
-from genprune.operators.base import Operator
+from genprune.operators.base import Operator, beside
 from genprune.operators.dropped import DropResampler, DropSkip
 from genprune.operators.linear import LinearMap
 from genprune.operators.low_rank import LowRank
@@ -48,4 +48,4 @@ def build_operator(name: str, removed: nn.Module, settings: Mapping[str, Any]) -
     return operator_named(name).build(removed, settings)
 
 
-__all__ = ["OPERATORS", "Operator", "build_operator", "operator_named"]
+__all__ = ["OPERATORS", "Operator", "beside", "build_operator", "operator_named"]

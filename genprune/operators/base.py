@@ -226,6 +226,19 @@ def placement(removed: nn.Module) -> dict[str, Any]:
     return {"device": torch.get_default_device(), "dtype": torch.get_default_dtype()}
 
 
+def beside(operator: Operator, removed: nn.Module, model: nn.Module) -> Operator:
+    """The operator in the model's dtype and on its device, where its module has no tensors that tell them.
+
+    Values stay where the model is on meta: those of a plan would be lost there.
+    """
+    if any(True for _ in removed.parameters()) or any(True for _ in removed.buffers()):
+        return operator
+    like = next((p for p in model.parameters() if p.is_floating_point()), None)
+    if like is None:
+        return operator
+    return operator.to(None if like.is_meta else like.device, like.dtype)
+
+
 def blank(layer: type[nn.Module], *args, **kwargs) -> nn.Module:
     """A layer without initial values: no numbers of the global generator are drawn."""
     return nn.utils.skip_init(layer, *args, **kwargs)

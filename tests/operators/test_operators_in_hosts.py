@@ -11,7 +11,7 @@ from torch import nn
 
 from genprune.costs import count_costs, operating_point
 from genprune.families import family_of, find_sites
-from genprune.operators import OPERATORS, Operator, build_operator
+from genprune.operators import OPERATORS, Operator, beside, build_operator
 from genprune.replacements import PassThrough, ZeroOutput
 
 
@@ -198,6 +198,19 @@ def test_sites_of_a_model_with_a_replaced_block(host: str):
     torch.testing.assert_close(run(model), run(gone), rtol=0, atol=0)  # zeros and a residual: the block skipped
     assert model.get_submodule(block.path).state_dict().keys() > gone.get_submodule(block.path).state_dict().keys()
     assert not isinstance(gone.get_submodule(block.path), (Operator, ZeroOutput))
+
+
+def test_an_operator_of_a_module_without_tensors_joins_the_model():
+    model, norm = nn.Linear(4, 4).to(torch.bfloat16), nn.LayerNorm(4, elementwise_affine=False)
+    values = {"replacement.weight": torch.ones(4), "replacement.bias": torch.ones(4)}
+    for device in ("cpu", "meta"):
+        operator = build_operator("affine", norm, {})
+        operator.load_own(values)
+        own = beside(operator, norm, model.to(device)).own_tensors()
+        assert {value.dtype for value in own.values()} == {torch.bfloat16}
+        assert all(value.eq(1).all() for value in own.values())
+    own = beside(build_operator("affine", nn.LayerNorm(4), {}), nn.LayerNorm(4), model).own_tensors()
+    assert {value.dtype for value in own.values()} == {torch.float32}  # the module says which
 
 
 def test_build_operator_is_the_registry():

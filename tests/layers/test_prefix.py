@@ -273,6 +273,24 @@ def test_inference_mode_and_gradients():
     assert all(torch.equal(found[name], output) and not output.requires_grad for name, output in expected.items())
 
 
+class PassedOn(nn.Module):
+    """A module returns what it was given: made in inference mode, a tensor does not tell whether it was edited."""
+
+    def __init__(self):
+        super().__init__()
+        self.same, self.first, self.last = nn.Identity(), nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.last(self.first(self.same(x)))
+
+
+def test_tensors_made_in_inference_mode():
+    torch.manual_seed(0)
+    with torch.inference_mode():
+        x = torch.randn(3, 4)
+    check(PassedOn().eval(), x, {"last": {"last": nn.Linear(4, 4)}})
+
+
 def test_outputs_go_when_no_change_needs_them():
     dense = dense_run("unet-sdxl")
     model = dense.copy()

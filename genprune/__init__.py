@@ -43,6 +43,8 @@ _LAZY = {
     "count_costs": "genprune.costs",
     "Costs": "genprune.costs",
     "compensate": "genprune.recovery",
+    "recover": "genprune.recovery",
+    "NormalizedDistillation": "genprune.recovery",
     "make_plan": "genprune.planning",
     "score": "genprune.planning",
     "Magnitude": "genprune.methods",
@@ -53,6 +55,7 @@ _LAZY = {
     "LaptopDiff": "genprune.methods",
     "LDPruner": "genprune.methods",
     "FinerCut": "genprune.methods",
+    "TinyFusion": "genprune.methods",
     "load_pipeline": "genprune.pipelines",
 }
 _SUBPACKAGES = ("bench", "metrics", "miniature", "pipelines", "recovery", "routers")

@@ -10,6 +10,7 @@ from genprune.methods.obs import OBS
 from genprune.methods.registry import MethodCard, method_from_json, method_named, methods
 from genprune.methods.simple import Magnitude, Random
 from genprune.methods.taylor import Taylor
+from genprune.methods.tiny_fusion import TinyFusion
 
 __all__ = [
     "FORMAT_VERSION",
@@ -23,6 +24,7 @@ __all__ = [
     "MethodCard",
     "Random",
     "Taylor",
+    "TinyFusion",
     "method_from_json",
     "method_named",
     "methods",

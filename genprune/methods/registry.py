@@ -15,9 +15,10 @@ from genprune.methods.ld_pruner import LDPruner
 from genprune.methods.obs import OBS
 from genprune.methods.simple import Magnitude, Random
 from genprune.methods.taylor import Taylor
+from genprune.methods.tiny_fusion import TinyFusion
 
 _METHODS: dict[str, type[Method]] = {
-    cls.name: cls for cls in (Random, Magnitude, Taylor, OBS, EcoDiff, LaptopDiff, LDPruner, FinerCut)
+    cls.name: cls for cls in (Random, Magnitude, Taylor, OBS, EcoDiff, LaptopDiff, LDPruner, FinerCut, TinyFusion)
 }
 
 

@@ -29,7 +29,8 @@ class RecoveryResult:
     Args:
         steps: optimiser steps done, those before a resume included.
         curve: one record a step: `step`, `loss`, `learning_rate`, `gradient_norm`, `terms` (name -> `raw`, `weight`,
-            `weighted`; a feature's name is its module path), and `validation` where it was taken.
+            `weighted`; a feature's name is its module path, `path[0]` and `path[1]` for two streams), and
+            `validation` where it was taken.
         figures: `samples_per_second` and `seconds` of this call, `trained_parameters`, `loss` of the last step.
         pairs: (student's path, teacher's path) of the features.
         output_dir: with checkpoints, `curve.jsonl` and, for a LoRA, `pytorch_lora_weights.safetensors`; or None.

@@ -13,7 +13,7 @@ from torch import Tensor
 from genprune.errors import BadCalibrationData
 from genprune.recovery.distillation import NormalizedDistillation
 from genprune.recovery.draws import Shuffled
-from genprune.recovery.rows import LabelledImages, NoisedRows, Rows
+from genprune.recovery.rows import LabelledImages, NoisedRows
 
 _ADVICE = (
     "Pass data=[(images, labels), ...] or a dataset of (image, label) for a classifier, data=[(inputs, target), ...] "
@@ -146,6 +146,3 @@ def _joined(rows: list[Any]) -> Any:
     if isinstance(first, Mapping):
         return {name: _joined([row[name] for row in rows]) for name in first}
     return first
-
-
-__all__ = ["DenoiserData", "ImageData", "Rows", "own_data"]

@@ -81,6 +81,7 @@ def pipeline_data(
     options: Mapping[str, Any],
     cache: str | os.PathLike | None = None,
     progress: bool = False,
+    writes: bool = True,
 ) -> PipelineData:
     """Latents of the user's data, or drawn by the teacher, and the conditions of their prompts.
 
@@ -90,6 +91,7 @@ def pipeline_data(
             teacher draws.
         options: more of the pipeline's call, such as height and width.
         cache: a folder that keeps latents and conditions, and gives them back where they are of the same run.
+        writes: whether this process writes there.
 
     Raises:
         BadCalibrationData: prompts and data do not fit, or there is nothing to draw with. GenpruneError: a setting
@@ -108,7 +110,7 @@ def pipeline_data(
     kept = load_latents(cache, described) if cache is not None else None
     if kept is None:
         kept = _made(pipe, settings, prompts, data, dict(options), progress)
-        if cache is not None:
+        if cache is not None and writes:
             save_latents(cache, described, *kept)
     clean, prompt_of, conditions = kept
     if settings.prompt_dropout and conditions.rows and not conditions.negative:

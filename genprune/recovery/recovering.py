@@ -92,13 +92,14 @@ def recover(
     if method.feature_weight:
         pairs = feature_pairs(student, dense, plan=plan, pairing=method.pairing, pairs=method.pairs)
     with _accelerator(accelerator, method, log_with, output_dir) as accelerator, teaching(dense, accelerator.device):
+        _check_data_parallel(accelerator)
         with accelerator.main_process_first(), on_device((teacher, target), accelerator.device):
             if denoiser_slot(target) is None and denoiser_slot(teacher) is None:
                 rows = own_data(student, data, method)
             else:
                 cache, options = cache_folder(output_dir), dict(pipeline_options or {})
-                shown = progress and accelerator.is_main_process
-                rows = pipeline_data(target, teacher, method, prompts, data, options, cache, shown)
+                main = accelerator.is_main_process
+                rows = pipeline_data(target, teacher, method, prompts, data, options, cache, progress and main, main)
         if method.lora_rank is not None:
             attach_lora(student, method.lora_rank, method.seed)
         trained = trained_parameters(student, method.lora_rank is not None, ADAPTER)
@@ -165,6 +166,16 @@ def _accelerator(
             tracker.finish()
         if not before:
             AcceleratorState._reset_state()  # or a later call could not choose another precision
+
+
+def _check_data_parallel(accelerator: Any) -> None:
+    """Raises `GenpruneError` where weights are split over processes: checkpoints and averages expect them whole."""
+    kind = str(accelerator.distributed_type).rpartition(".")[2]
+    if kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM", "TP"):
+        raise GenpruneError(
+            f"accelerate is set to {kind}; expected one process or data parallelism (MULTI_GPU, MULTI_CPU). Run "
+            "`accelerate config` again, and pass lora_rank=16 or gradient_checkpointing=True for less memory."
+        )
 
 
 def _check_arguments(

@@ -73,9 +73,10 @@ class RecoveryTraining:
     ) -> None:
         self.pairs, self.data, self.settings, self.accelerator = pairs, data, settings, accelerator
         self.teacher = teacher
-        self.terms = ("task", "output", *(ours for ours, _ in pairs))
         self.teacher_taps = FeatureTaps(teacher, [theirs for _, theirs in pairs])
         try:
+            self.features = self._feature_names()
+            self.terms = ("task", "output", *self.features)
             learned = len(self.terms) if settings.learned_weights else 0
             self.tapped = TappedModel(student, [ours for ours, _ in pairs], learned)
         except BaseException:
@@ -102,9 +103,18 @@ class RecoveryTraining:
         self.teacher_taps.remove()
         self.tapped.taps.remove()
 
+    def _feature_names(self) -> tuple[str, ...]:
+        """The student's path of every feature; `path[0]`, `path[1]` for the streams of a joint block."""
+        if not self.pairs:
+            return ()
+        names = []
+        for (ours, _), caught in zip(self.pairs, self._teacher(self._rows(0, 0))[1]):
+            names += [ours] if len(caught) == 1 else [f"{ours}[{index}]" for index in range(len(caught))]
+        return tuple(names)
+
     def base_weights(self) -> list[float]:
         """The weight of each term: the settings' by a_l."""
-        settings, taps = self.settings, len(self.pairs)
+        settings, taps = self.settings, len(self.features)
         share = settings.feature_weight / (taps if settings.feature_reduction == "mean" else 1) if taps else 0.0
         features = [share * scale for scale in self.state.scales.weights(taps)]
         return [settings.task_weight, settings.output_weight, *features]
@@ -116,7 +126,7 @@ class RecoveryTraining:
         total = 0.0
         for micro_batch in range(self.settings.gradient_accumulation):
             _, features = self._teacher(self._rows(0, micro_batch))
-            total = total + torch.stack([mean_square(each) for each in features])
+            total = total + torch.stack([mean_square(each) for each in _single(features)])
         energies = self.accelerator.reduce(total / self.settings.gradient_accumulation, "mean")
         self.state.scales.update(energies.tolist())
 
@@ -186,6 +196,7 @@ class RecoveryTraining:
                 "expected the same. Pass the dense model that the student was cut from as teacher."
             )
         self._check_features(ours, theirs)
+        ours, theirs = _single(ours), _single(theirs)
         distance = DISTANCES.get(self.settings.normalizer, raw_distance)
         features = [distance(one, other) for one, other in zip(ours, theirs)]
         distances = torch.stack([rows.task_loss(prediction), rows.output_loss(prediction, answer), *features])
@@ -266,3 +277,8 @@ class RecoveryTraining:
                 step - self.state.guard.above,
             )
         return norm
+
+
+def _single(features: Any) -> list[tuple[Tensor]]:
+    """Every stream of every tap as a feature of its own: text and image of a joint block differ in scale too."""
+    return [(each,) for caught in features for each in caught]

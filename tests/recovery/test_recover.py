@@ -167,8 +167,8 @@ def test_teacher_latents_are_drawn_once(tmp_path):
     (folder / "teacher_data").rename(again / "teacher_data")
     second = recovered(other, teacher, quick(prompt_dropout=0.3), output_dir=again, **run)
     handle.remove()
-    # one call a step, and the look at the teacher's features: nothing was drawn or encoded again
-    assert len(calls) == 4 + 1
+    # one call a step, and two looks at the teacher's features: nothing was drawn or encoded again
+    assert len(calls) == 4 + 2
     assert [record["loss"] for record in first.curve] == [record["loss"] for record in second.curve]
     assert same_weights(weights_of(student), weights_of(other))
 
@@ -310,6 +310,22 @@ def test_a_lora_trains_alone_and_is_saved_as_one(tmp_path):
     assert same_weights(weights_of(bare), before)
 
 
+@pytest.mark.parametrize("name", ["flux", "vit"])
+def test_a_lora_of_a_bare_model_trains_alone(name, tmp_path):
+    teacher = randomise_(flux() if name == "flux" else vit())
+    student = student_of(teacher, "transformer_blocks.0:block" if name == "flux" else "blocks.1:block")
+    data = denoiser_batches(teacher) if name == "flux" else labelled_images()
+    before = weights_of(student)
+    recovered(student, teacher, quick(lora_rank=2), data=data, output_dir=tmp_path)
+    after = {key.replace(".base_layer", ""): value for key, value in weights_of(student).items()}
+    assert all(torch.equal(after[key], value) for key, value in before.items())
+    lora = [key for key in after if ".lora_B." in key]
+    assert lora and all(bool(after[key].any()) for key in lora)
+    assert (tmp_path / "pytorch_lora_weights.safetensors").is_file()
+    with pytest.raises(GenpruneError, match="resume=True"):
+        recovered(student, teacher, quick(lora_rank=2), data=data, output_dir=tmp_path)
+
+
 def test_a_recovered_pipeline_saves_and_loads_bit_equal(tmp_path):
     from diffusers import DiffusionPipeline
 
@@ -328,6 +344,7 @@ def test_the_curve_is_on_disk_line_by_line(tmp_path):
     done = recovered(student, teacher, output_dir=tmp_path / "run", **run)
     lines = [json.loads(line) for line in (tmp_path / "run" / "curve.jsonl").read_text().splitlines()]
     assert lines == done.curve and [line["step"] for line in lines] == [1, 2, 3, 4]
-    assert set(lines[0]["terms"]) == {"task", "output", *(ours for ours, _ in done.pairs)}
+    streams = {f"{ours}[{stream}]" for ours, _ in done.pairs for stream in range(2)}
+    assert set(lines[0]["terms"]) == {"task", "output"} | streams
     total = sum(term["weighted"] for term in lines[0]["terms"].values())
     assert lines[0]["loss"] == pytest.approx(total)

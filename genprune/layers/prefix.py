@@ -74,6 +74,7 @@ class _Sweep:
         self.order = list(changes)
         self.copied: frozenset[str] = frozenset()
         self.needs: dict[str, list[Moment]] = {}
+        self.kept: list[Moment] = []
         with swapped(model, base):
             self.slots = {p: slot_of(model, p) for change in changes.values() for p in change}
 
@@ -87,10 +88,8 @@ class _Sweep:
         starts = {name: timeline.start_of(self.changes[name]) for name in self.order}
         self.order.sort(key=starts.__getitem__)
         self.needs = {name: timeline.over_before(starts[name]) if self.reuse else [] for name in self.order}
-        needed = {id(moment) for moments in self.needs.values() for moment in moments}
-        for moment in timeline.moments.values():
-            if id(moment) not in needed:
-                moment.forget()
+        self.kept = [moment for moment in timeline.moments.values() if moment.kept]
+        self._drop()
         return output
 
     def changed(self, name: str) -> Tensor:
@@ -109,17 +108,22 @@ class _Sweep:
 
     def _restore(self) -> None:
         """Run the unchanged model again where something that is kept was edited in place since, and keep a copy."""
-        while edited := {m.path for moments in self.needs.values() for m in moments if m.edited()} - self.copied:
+        while edited := {moment.path for moment in self.kept if moment.edited()} - self.copied:
             self.copied |= edited
             self.recorded()
 
     def done(self) -> None:
         """Take the first change off the list, and drop what only it needed."""
-        gone = self.needs.pop(self.order.pop(0))
+        del self.needs[self.order.pop(0)]
+        self._drop()
+
+    def _drop(self) -> None:
+        """Forget every output that no change needs any more."""
         needed = {id(moment) for moments in self.needs.values() for moment in moments}
-        for moment in gone:
+        for moment in self.kept:
             if id(moment) not in needed:
                 moment.forget()
+        self.kept = [moment for moment in self.kept if moment.kept]
 
 
 def called(model: nn.Module, inputs: Mapping[str, Any] | Tensor) -> Tensor:

@@ -44,7 +44,7 @@ def placed(changes: Iterable[tuple[Slot, nn.Module]], of: nn.Module | None = Non
             mode is set.
     """
     changes = list(changes)
-    if of is not None:
+    if of is not None and changes:
         _set_modes(changes, {id(module) for module in of.modules()})
     originals = [(parent, name, parent._modules[name]) for (parent, name), _ in changes]
     try:

@@ -22,7 +22,7 @@ def low_rank_tensors(model: nn.Module, paths: Iterable[str], rank: int, seed: in
     inside = tuple(f"{path}." for path in paths)
     tensors = {}
     for path, module in model.named_modules():
-        plain = isinstance(module, nn.Linear) and not isinstance(module, ScatteredLinear)
+        plain = isinstance(module, nn.Linear) and not isinstance(module, ScatteredLinear) and module.weight.numel()
         if plain and f"{path}.".startswith(inside):
             generator = torch.Generator().manual_seed(seed * 1_000_003 + len(tensors))
             bound = 1 / math.sqrt(module.in_features)

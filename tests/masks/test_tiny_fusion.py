@@ -321,3 +321,15 @@ def test_the_distance_is_relative_by_row():
     dense = torch.tensor([[3.0, 4.0], [0.0, 100.0]])
     found = relative_distance(dense * torch.tensor([[1.1], [1.2]]), dense)
     assert float(found) == pytest.approx((0.01 + 0.04) / 2)
+
+
+def test_a_model_that_was_cut_can_be_learned_on(tmp_path):
+    model = six_blocks()
+    narrow = gp.make_plan(model, gp.Magnitude(keep=0.6, kinds=("heads", "neurons"), min_keep=0.0))
+    first = gp.cut(model, narrow)
+    second = gp.cut(first, gp.make_plan(first, gp.Random(keep=0.5, kinds=("block",))))
+    scores = score(second, labelled(), groups=(1, 2))
+    left = gp.find_sites(second, "block")
+    assert len(gone(scores)) == len(left) // 2
+    small = gp.cut(second, scores.plan())
+    assert gp.count_costs(small).params == scores.plan().figures["params"] < scores.plan().figures["dense_params"]

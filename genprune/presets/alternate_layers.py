@@ -32,8 +32,7 @@ def alternate_blocks(model: nn.Module, sites: Sites, keep: float | None) -> list
     removed = []
     for path, indices in _lists(sites).items():
         total = len(model.get_submodule(path))
-        candidates = [index for index in indices if index > 0]
-        chosen = [i for i in candidates if i % 2] if keep is None else _spread(path, candidates, total, keep)
+        chosen = [i for i in indices if i % 2] if keep is None else _spread(path, indices, total, keep)
         removed += [f"{path}.{index}:block" for index in chosen]
     if not removed:
         raise GenpruneError(
@@ -53,12 +52,14 @@ def _lists(sites: Sites) -> dict[str, list[int]]:
     return lists
 
 
-def _spread(path: str, candidates: Sequence[int], total: int, keep: float) -> list[int]:
-    """As many of the candidates as leave the share, at even distances."""
-    count = total - round(keep * total)
-    if count > len(candidates):
+def _spread(path: str, movable: Sequence[int], total: int, keep: float) -> list[int]:
+    """The blocks that go so that the share stays, at even distances; of those that can go, the first stays."""
+    fixed = total - len(movable)
+    left = round(keep * total) - fixed
+    if left < 1:
         raise GenpruneError(
-            f"keep={keep} leaves {total - count} of {total} blocks of '{path}', of which {total - len(candidates)} "
-            f"always stay; expected a share of {(total - len(candidates)) / total:.3f} or more. Pass a larger keep."
+            f"keep={keep} leaves {left + fixed} of {total} blocks of '{path}', of which {fixed + 1} always stay; "
+            f"expected a share of {(fixed + 1) / total:.3f} or more. Pass a larger keep."
         )
-    return [candidates[(2 * index + 1) * len(candidates) // (2 * count)] for index in range(count)]
+    stay = {movable[index * len(movable) // left] for index in range(left)}
+    return [index for index in movable if index not in stay]

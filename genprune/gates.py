@@ -13,6 +13,7 @@ from genprune.cut_guards import as_plan
 from genprune.errors import PlanMismatch
 from genprune.families import denoiser, find_sites
 from genprune.operations import OperatorOutput, check_form, effective_ops, operator_of
+from genprune.operators import beside
 from genprune.plan import PruningPlan
 from genprune.replacements import ScatteredLinear
 from genprune.sites import GatePoint, Site, Sites
@@ -204,7 +205,8 @@ def attach_gates(
         gates = {name: mask.float() for name, mask in plan.keep.items()}
         check_form(plan.ops)
         for op in effective_ops(plan.ops, sites, {name: plan.keep[name] for name in plan.keep if name in sites}):
-            operators[op["path"]] = OperatorOutput(operator_of(op, plan.tensors, model.get_submodule(op["path"])))
+            removed = model.get_submodule(op["path"])
+            operators[op["path"]] = OperatorOutput(beside(operator_of(op, plan.tensors, removed), removed, model))
     held = {name: Gate(sites[name], _checked(sites[name], value)) for name, value in gates.items()}
     hooks = []
     try:

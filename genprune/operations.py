@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from genprune.errors import GenpruneError, PlanMismatch, nearest
-from genprune.operators import Operator, build_operator
+from genprune.operators import Operator, beside, build_operator
 from genprune.sites import Sites
 
 REPLACE = "replace"
@@ -104,7 +104,10 @@ def check_ops(meta: nn.Module, ops: Iterable[Mapping[str, Any]], tensors: Mappin
 def put(model: nn.Module, path: str, module: nn.Module) -> None:
     """Put a module at a path, in the training mode of what stood there."""
     parent, _, name = path.rpartition(".")
-    module.train(model.get_submodule(path).training)
+    removed = model.get_submodule(path)
+    if isinstance(module, Operator):
+        beside(module, removed, model)
+    module.train(removed.training)
     model.get_submodule(parent)._modules[name] = module
 
 

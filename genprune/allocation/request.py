@@ -47,8 +47,8 @@ def check_budget(keep: float, of: str, quantities: tuple[str, ...] = QUANTITIES)
     if of == "latency" and "latency" not in quantities:
         raise GenpruneError(
             "of='latency' is a budget of methods that remove layers (gp.LaptopDiff, gp.LDPruner, gp.FinerCut); "
-            f"expected {', '.join(map(repr, quantities))} here. Plan for of='macs' and pass measure_latency=True to make_plan, "
-            "which times the plan against the dense model."
+            f"expected {', '.join(map(repr, quantities))} here. Plan for of='macs' and pass measure_latency=True to "
+            "make_plan, which times the plan against the dense model."
         )
     if of not in quantities:
         raise GenpruneError(f"of={of!r}{nearest(str(of), quantities)}; expected one of {', '.join(quantities)}.")

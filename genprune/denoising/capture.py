@@ -169,8 +169,9 @@ def capture_runs(
             given["batch_size"] = rows
         quiet = quiet_copy(pipe)
         with CallRecorder(denoiser(pipe), keep, device) as recorder:
-            images = quiet(**given, **for_rows(options, rows)).images
-        images = images.detach().to(device)
+            output = quiet(**given, **for_rows(options, rows))
+        # some audio pipelines decode whatever they are asked for
+        images = torch.as_tensor(output.images if hasattr(output, "images") else output.audios).detach().to(device)
         latents = images if latent else images * 2 - 1
         yield Run(rows, latents, tuple(recorder.calls), quiet.scheduler.timesteps.detach().cpu(), first)
 

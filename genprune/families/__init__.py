@@ -72,8 +72,8 @@ class Family:
     """How genprune sees one family of hosts. A subclass per file in this folder; all methods are host knowledge.
 
     `hosts` are the class names served (matched against the whole inheritance chain, so subclasses work).
-    `neighbours` and `first_blocks` are defaults of methods that remove blocks: how many neighbours may go together, and
-    how many blocks at the start stay, where the family is known to recover badly without them; None and 0: no rule.
+    `neighbours` and `first_blocks` are defaults of methods that remove blocks: how many neighbours may go together,
+    and how many blocks at the start stay, where a family is known to recover badly without; None and 0: no rule.
     """
 
     name: str

@@ -77,7 +77,7 @@ def check_attention(path: str, attention: nn.Module) -> None:
         )
     for norm in ("norm_q", "norm_k", "norm_added_q", "norm_added_k"):
         weight = getattr(getattr(attention, norm, None), "weight", None)
-        if weight is not None and weight.numel() != head_dim:
+        if weight is not None and weight.numel() not in (0, head_dim):  # 0: an operator stands there
             raise UnsupportedModel(
                 f"'{path}.{norm}' normalises {weight.numel()} features, across heads of {head_dim}; expected a norm "
                 "within each head, because cutting a head would change the others. Pass another model."

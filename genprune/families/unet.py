@@ -194,9 +194,15 @@ class UNetFamily(DiffusersFamily):
             if config.num_class_embeds is not None:
                 inputs["class_labels"] = torch.zeros(point.batch, dtype=torch.long, device=device)
             return inputs
+        if config.class_embed_type in ("projection", "simple_projection"):
+            inputs["class_labels"] = torch.randn(point.batch, config.projection_class_embeddings_input_dim, **make)
+        elif config.class_embed_type is not None or config.num_class_embeds is not None:
+            inputs["class_labels"] = torch.zeros(point.batch, dtype=torch.long, device=device)
         width = config.cross_attention_dim
         width = width if isinstance(width, int) else width[0]
-        inputs["encoder_hidden_states"] = torch.randn(point.batch, point.text_length, width, **make)
+        text = torch.randn(point.batch, point.text_length, width, **make)
+        # AudioLDM: the text is the class embedding, and its blocks attend to themselves twice
+        inputs["encoder_hidden_states"] = None if config.class_embeddings_concat else text
         if config.addition_embed_type == "text_time":
             pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
             inputs["added_cond_kwargs"] = {

@@ -16,6 +16,7 @@ from genprune.errors import NoMatchingSites
 from genprune.gates import attach_gates
 from genprune.layers.swapping import removal, swapped
 from genprune.operations import operator_of
+from genprune.operators import beside
 from genprune.sites import Sites
 
 DEPTH_KINDS = ("branch", "block", "wrapper")
@@ -81,7 +82,8 @@ def stand_ins(model: nn.Module, sites: Sites, candidate: Candidate) -> dict[str,
         if not mask.any():
             modules |= removal(model, sites[name])
     for op in candidate.ops:
-        modules[op["path"]] = operator_of(op, candidate.tensors, model.get_submodule(op["path"]))
+        removed = model.get_submodule(op["path"])
+        modules[op["path"]] = beside(operator_of(op, candidate.tensors, removed), removed, model)
     return modules
 
 
@@ -133,17 +135,19 @@ def exclusions(candidates: Sequence[Candidate]) -> list[tuple[int, ...]]:
 
 
 def families_of_children(candidates: Sequence[Candidate], sites: Sites) -> list[tuple[int, ...]]:
-    """Groups of which not all may be taken: the removals of everything inside one block or wrapper.
+    """Groups of which not all may be taken: the removals of everything inside a block or wrapper that may go itself.
 
     What would be left of it (norms, projections, modulation) is no identity and costs something: it goes as a whole.
     """
     removed = {candidate.removes: index for index, candidate in enumerate(candidates) if candidate.removes}
     children: dict[str, list[str]] = {}
     for name, site in sites.items():
-        if site.kind in DEPTH_KINDS and site.parent is not None:
+        if site.kind in DEPTH_KINDS and site.parent in removed:
             children.setdefault(site.parent, []).append(name)
     return [
-        tuple(removed[name] for name in names) for names in children.values() if all(name in removed for name in names)
+        tuple(removed[name] for name in names)
+        for names in children.values()
+        if all(name in removed for name in names)
     ]
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from genprune.denoising.capture import capture_runs
+from genprune.denoising.trajectory import draw_latents
 from genprune.errors import GenpruneError
 from genprune.families import denoiser
 from genprune.layers.candidates import Candidate, applied
@@ -39,30 +39,53 @@ class LatentStatistics:
     """Scores by whole trajectories of a pipeline: the same noise and prompts for every candidate, never decoded.
 
     Args:
-        pipe: any pipeline that `capture_runs` can draw with; text to image, unconditional, or audio.
+        pipe: any pipeline that `draw_latents` can draw with: text to image, unconditional, or audio.
         sites: of its denoiser.
-        prompts: one per sample.
-        draw: arguments of `capture_runs`: samples, steps, seed, guidance_scale, batch_size, options.
+        prompts: repeated in order until there are `samples`; None for an unconditional pipeline.
+        samples: trajectories, >= 2.
+        seed: sample i starts from `seed + i`.
+        batch_size: drawn together.
+        options: of the pipeline's call: num_inference_steps, guidance_scale, height, ...
+
+    Raises:
+        GenpruneError: fewer than two samples.
     """
 
-    def __init__(self, pipe, sites: Sites, prompts: Sequence[str] | None, draw: Mapping[str, Any]):
-        self.pipe, self.sites, self.prompts, self.draw = pipe, sites, prompts, dict(draw)
+    def __init__(
+        self,
+        pipe,
+        sites: Sites,
+        prompts: Sequence[str] | None,
+        *,
+        samples: int,
+        seed: int,
+        batch_size: int,
+        options: Mapping[str, Any],
+    ):
+        if samples < 2:
+            raise GenpruneError(
+                f"the spread of latents needs at least 2 samples, better 32 or more; got {samples}. Raise "
+                "trajectories, or pass more prompts."
+            )
+        self.pipe, self.sites, self.prompts, self.samples = pipe, sites, prompts, samples
+        self.seed, self.batch_size, self.options = seed, batch_size, dict(options)
         self._dense: Tensor | None = None
 
     @torch.no_grad()
     def latents(self) -> Tensor:
         """Final latents of all samples as the model is, shape `(m, ...)`, float32."""
-        runs = capture_runs(self.pipe, self.prompts, keep=lambda index: False, **self.draw)
-        return torch.cat([run.latents.float() for run in runs])
+        parts = []
+        for first in range(0, self.samples, self.batch_size):
+            rows = range(first, min(first + self.batch_size, self.samples))
+            prompts = self.prompts and [self.prompts[row % len(self.prompts)] for row in rows]
+            seeds = [self.seed + row for row in rows]
+            parts.append(draw_latents(self.pipe, prompts, seeds=seeds, **self.options).float())
+        return torch.cat(parts)
 
     def dense(self) -> Tensor:
-        """Those of the unchanged model; drawn once. Raises `GenpruneError` for fewer than two."""
+        """Those of the unchanged model; drawn once."""
         if self._dense is None:
             self._dense = self.latents()
-            if len(self._dense) < 2:
-                raise GenpruneError(
-                    "the spread of latents needs at least 2 samples, better 32 or more; 1 was drawn. Raise samples."
-                )
         return self._dense
 
     def joint(self, candidates: Sequence[Candidate], what: str = "") -> float:

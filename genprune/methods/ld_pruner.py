@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from typing import ClassVar
 
 from genprune.cutting import plan_base
+from genprune.denoising.capture import checked_prompts
 from genprune.errors import BadCalibrationData, GenpruneError
 from genprune.families import denoiser, denoiser_slot
 from genprune.layers.additivity import additivity
@@ -94,7 +96,7 @@ class LDPruner(LayerMethod):
             loss, losses = single, single.alone(candidates)
         else:
             candidates = self._screened(candidates, single)
-            loss = LatentStatistics(target, sites, context.prompts, self._draw(context))
+            loss = self._statistics(context)
             losses = loss.alone(candidates, progress=context.progress)
         report = None
         removals = [candidate for candidate in candidates if candidate.removes]
@@ -126,12 +128,18 @@ class LDPruner(LayerMethod):
         kept = {candidate.name for candidate in ranked[: self.prescreen]}
         return [candidate for candidate in candidates if candidate.name in kept]
 
-    def _draw(self, context: ScoringContext) -> dict:
-        return {
-            "samples": self.trajectories or self.samples,
-            "steps": self.trajectory_steps,
-            "seed": self.seed,
-            "guidance_scale": self.guidance_scale,
-            "batch_size": self.batch_size,
-            **context.options,
-        }
+    def _statistics(self, context: ScoringContext) -> LatentStatistics:
+        options = {"num_inference_steps": self.trajectory_steps, "guidance_scale": self.guidance_scale}
+        options = {name: value for name, value in (options | dict(context.options)).items() if value is not None}
+        samples = self.trajectories or self.samples or len(context.prompts or ()) or 32
+        prompts = checked_prompts(context.target, context.prompts)
+        accepted = inspect.signature(type(context.target).__call__).parameters
+        return LatentStatistics(
+            context.target,
+            context.costs.sites,
+            prompts,
+            samples=samples,
+            seed=self.seed,
+            batch_size=self.batch_size,
+            options={name: value for name, value in options.items() if name in accepted},
+        )

@@ -141,6 +141,7 @@ def test_rows_are_what_the_stock_pipeline_calls_its_denoiser_with(tmp_path):
 
 
 def test_position_ids_are_shared_whatever_the_number_of_rows(tmp_path):
+    from genprune.denoising import capture_runs
     from genprune.recovery.pipeline_data import pipeline_data
 
     teacher = flux_pipeline(tmp_path)
@@ -149,7 +150,10 @@ def test_position_ids_are_shared_whatever_the_number_of_rows(tmp_path):
     data = pipeline_data(teacher, teacher, quick(batch_size=8), PROMPTS, None, options)
     tokens = data.clean.shape[1]
     rows = data.rows(range(tokens))
+    call = next(capture_runs(teacher, ["abc"], steps=1, **options)).calls[0]
     assert rows.inputs["img_ids"].shape[0] == tokens == rows.inputs["hidden_states"].shape[0]
+    for name in ("img_ids", "txt_ids"):
+        assert torch.equal(rows.inputs[name], call.inputs[name])
     assert rows.inputs["txt_ids"].ndim == 2 and rows.inputs["pooled_projections"].shape[0] == tokens
     times = rows.inputs["timestep"]
     assert times.shape == (tokens,) and 0 <= float(times.min()) < float(times.max()) <= 1

@@ -92,7 +92,7 @@ def recover(
     if method.feature_weight:
         pairs = feature_pairs(student, dense, plan=plan, pairing=method.pairing, pairs=method.pairs)
     with _accelerator(accelerator, method, log_with, output_dir) as accelerator, teaching(dense, accelerator.device):
-        _check_data_parallel(accelerator)
+        _check_accelerator(accelerator, method)
         with accelerator.main_process_first(), on_device((teacher, target), accelerator.device):
             if denoiser_slot(target) is None and denoiser_slot(teacher) is None:
                 rows = own_data(student, data, method)
@@ -168,8 +168,16 @@ def _accelerator(
             AcceleratorState._reset_state()  # or a later call could not choose another precision
 
 
-def _check_data_parallel(accelerator: Any) -> None:
-    """Raises `GenpruneError` where weights are split over processes: checkpoints and averages expect them whole."""
+def _check_accelerator(accelerator: Any, method: NormalizedDistillation) -> None:
+    """Raises `GenpruneError` for float16 on a CPU, and where weights are split over processes.
+
+    Checkpoints and averages expect whole weights.
+    """
+    if method.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        raise GenpruneError(
+            "mixed_precision='fp16' on a CPU, where accelerate would run float32 instead; expected a GPU. Pass "
+            "mixed_precision='no' or 'bf16'."
+        )
     kind = str(accelerator.distributed_type).rpartition(".")[2]
     if kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM", "TP"):
         raise GenpruneError(

@@ -289,8 +289,31 @@ def test_bfloat16_by_accelerate_and_another_precision_afterwards():
         assert next(student.parameters()).dtype == torch.float32
     assert losses["no"][0] == losses["no"][1] != losses["bf16"][0]
     assert losses["bf16"][0] == pytest.approx(losses["no"][0], rel=0.05)
+    if not torch.cuda.is_available():
+        with pytest.raises(GenpruneError, match="mixed_precision='fp16' on a CPU.*expected a GPU"):
+            recovered(student, teacher, quick(mixed_precision="fp16"), data=data)
     with pytest.raises(GenpruneError, match="is in float16; expected float32 weights to train.*lora_rank"):
         recovered(student.half(), teacher, data=data)
+
+
+def test_an_accelerator_of_ones_own_is_used_and_has_to_agree():
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
+    teacher = flux().eval()
+    data, students = denoiser_batches(teacher), [student_of(teacher, "transformer_blocks.0:block") for _ in "abc"]
+    recovered(students[0], teacher, data=data)
+    try:
+        own = Accelerator(cpu=True)
+        recovered(students[1], teacher, data=data, accelerator=own)
+        with pytest.raises(GenpruneError, match="the accelerator has mixed_precision='no', the method 'bf16'"):
+            recovered(students[2], teacher, quick(mixed_precision="bf16"), data=data, accelerator=own)
+        with pytest.raises(GenpruneError, match="accelerate refuses mixed_precision='bf16' here"):
+            recovered(students[2], teacher, quick(mixed_precision="bf16"), data=data)
+        assert AcceleratorState().initialized  # a user's state is not taken away
+    finally:
+        AcceleratorState._reset_state()
+    assert same_weights(weights_of(students[0]), weights_of(students[1]))
 
 
 def test_a_lora_trains_alone_and_is_saved_as_one(tmp_path):

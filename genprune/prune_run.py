@@ -180,7 +180,8 @@ def prune_to_folder(
     options = source.call_options | dict(pipeline_options or {}) or None
     say(f"Loading {source.name}")
     target = source.load(device, dtype)
-    say(f"Planning: {method.name}, keep {method.keep:g} of {method.of}")
+    asked = "what its groups say" if method.keep is None else f"keep {method.keep:g} of {method.of}"
+    say(f"Planning: {method.name}, {asked}")
     plan = gp.make_plan(
         target,
         method,

@@ -57,7 +57,8 @@ def judge_base(base: Base, judge: Judge, arguments: argparse.Namespace) -> dict:
                 initialise_(small)
             row = {"method": method, "seed": seed, "keep": keep, "costs": dict(plan.figures)}
             row["points"] = {"0": figures(small)}
-            most = arguments.most if keep == min(BUDGETS) and method in LONG and not seed else min(arguments.most, 0.01)
+            is_long = keep == min(BUDGETS) and method in LONG and not seed
+            most = arguments.most if is_long else min(arguments.most, 0.01)
             if most and not (seed and method == "random"):
                 changes = {"normalizer": "mse"} if method == "laptop, mse" else {}
                 if method == "from scratch":
@@ -72,13 +73,10 @@ def judge_base(base: Base, judge: Judge, arguments: argparse.Namespace) -> dict:
         rows[slug] = json.loads(file.read_text())
     result = {"rows": rows, "plans": planner.reports(), "dense": judge.figures(dense.pictures, dense.latents, None)}
     if arguments.latency:
-        plans = {slug: planner.plan(row["method"], row["keep"], row["seed"]) for slug, row in rows.items() if _own(row)}
+        own = {slug: row for slug, row in rows.items() if row["method"] in METHODS}
+        plans = {slug: planner.plan(row["method"], row["keep"], row["seed"]) for slug, row in own.items()}
         result["latency"] = latencies(pipe, plans)
     return result
-
-
-def _own(row: dict) -> bool:
-    return row["method"] in METHODS
 
 
 def _candidates(arguments: argparse.Namespace):

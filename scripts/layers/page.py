@@ -49,8 +49,8 @@ def _table(part: dict) -> list[str]:
     dense = part["dense"]
     latency = {name: found["ratio"] for name, found in part.get("latency", {}).items()}
     lines = [
-        f"Dense: {dense['all_right']['estimate']:.1%} of the captions all right. Cells: PSNR to the dense pictures in dB "
-        "/ captions all right, one-shot and after recovery on that share of the samples that the base was trained on.",
+        f"Dense: {dense['all_right']['estimate']:.1%} of the captions all right. Cells: PSNR to the dense pictures in "
+        "dB / captions all right, one-shot and after recovery on that share of the samples that the base was trained on.",
         "",
         "| kept | method | params | " + " | ".join(HEADS) + " |" + "".join(f" time, {name} |" for name in latency),
         "|---|---|---:|" + "---:|" * (len(HEADS) + len(latency)),
@@ -79,8 +79,8 @@ def _notes(part: dict) -> list[str]:
         if "additivity" in notes:
             found = notes["additivity"]
             lines.append(
-                f"`{slug}`: additivity over {len(found['true'])} random sets: Pearson {found['pearson']:.3f}, Spearman "
-                f"{found['spearman']:.3f}; chosen by {notes['selection']}."
+                f"`{slug}`: additivity over {len(found['true'])} random sets: Pearson {found['pearson']:.3f}, "
+                f"Spearman {found['spearman']:.3f}; chosen by {notes['selection']}."
             )
             break
     for slug in ("laptop-0@0.5", "laptop,-mse-0@0.5"):

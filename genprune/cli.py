@@ -1,4 +1,4 @@
-"""The command line: `genprune demo | inspect | prune | bench | methods`. Thin over the library."""
+"""The command line: `genprune demo | inspect | prune | recover | bench | methods`. Thin over the library."""
 
 from __future__ import annotations
 
@@ -213,6 +213,82 @@ def prune(
     else:
         console.print_plan(plan)
         console.print_saved(source, out, plan_only)
+
+
+@app.command()
+def recover(
+    pruned: Annotated[str, typer.Argument(metavar="PRUNED", help="The folder of a pruned pipeline.")],
+    teacher: Annotated[
+        str, typer.Option(help="The dense pipeline that it was pruned from: a folder, a hub id, or `miniature`.")
+    ],
+    out: Annotated[Path, typer.Option(help="Folder to write; it appears whole or not at all.")],
+    prompts: Annotated[
+        Path | None,
+        typer.Option(help="Prompts, one a line, that the teacher draws; the miniature has data of its own."),
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(help="Optimiser steps. [default: 1000, with the miniature as teacher 300]")
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="NAME=VALUE", help="A setting of gp.NormalizedDistillation: batch_size=16."),
+    ] = None,
+    pipeline_options: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--pipeline-option",
+            metavar="NAME=VALUE",
+            help="An argument of the teacher's call, repeatable: max_sequence_length=256.",
+        ),
+    ] = None,
+    checkpoints: Annotated[
+        Path | None, typer.Option(help="Where checkpoints and the curve stay; a second run goes on there.")
+    ] = None,
+    plan: Annotated[
+        Path | None, typer.Option(help="The plan, where PRUNED is a stock export with renumbered blocks.")
+    ] = None,
+    seed: Seed = 0,
+    dtype: Annotated[Precision, typer.Option(help="Precision to save in; weights train in float32.")] = (
+        Precision.float32
+    ),
+    device: Annotated[str, typer.Option(help="Where to train: cpu, cuda, ...")] = "cpu",
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Train a pruned pipeline against the dense one, and save it where stock Diffusers loads it."""
+    import torch
+
+    from genprune import console, prune_run, recover_run
+    from genprune.methods.assignments import assigned
+    from genprune.model_source import open_source
+    from genprune.plan import PruningPlan
+
+    prune_run.check_free(out, force)
+    console.quiet_hosts()
+    options = prune_run.read_options(pipeline_options or ())
+    student, dense = open_source(pruned), open_source(teacher)
+    recover_run.check_pair(student, dense)
+    given = {"seed": seed} if steps is None else {"seed": seed, "steps": steps}
+    given |= assigned(recover_run.default_method(dense), settings or (), flags=("steps", "seed"))
+    method = recover_run.default_method(dense, **given)
+    told = recover_run.recover_to_folder(
+        student,
+        dense,
+        method,
+        out,
+        data=recover_run.read_data(prompts, dense, method),
+        plan=None if plan is None else PruningPlan.load(plan),
+        pipeline_options=options,
+        checkpoints=checkpoints,
+        device=device,
+        dtype=getattr(torch, dtype.value),
+        say=console.print_step,
+    )
+    if as_json:
+        console.print_json(told)
+    else:
+        for line in recover_run.lines(told, out):
+            console.out.print(line, markup=False, highlight=False)
 
 
 @app.command()

@@ -45,6 +45,8 @@ _LAZY = {
     "compensate": "genprune.recovery",
     "recover": "genprune.recovery",
     "NormalizedDistillation": "genprune.recovery",
+    "RecoveryResult": "genprune.recovery",
+    "feature_pairs": "genprune.recovery",
     "make_plan": "genprune.planning",
     "score": "genprune.planning",
     "Magnitude": "genprune.methods",

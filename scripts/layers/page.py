@@ -50,7 +50,7 @@ def _table(part: dict) -> list[str]:
     latency = {name: found["ratio"] for name, found in part.get("latency", {}).items()}
     lines = [
         f"Dense: {dense['all_right']['estimate']:.1%} of the captions all right. Cells: PSNR to the dense pictures in "
-        "dB / captions all right, one-shot and after recovery on that share of the samples that the base was trained on.",
+        "dB / captions all right, one-shot and after recovery on that share of the samples that the base has seen.",
         "",
         "| kept | method | params | " + " | ".join(HEADS) + " |" + "".join(f" time, {name} |" for name in latency),
         "|---|---|---:|" + "---:|" * (len(HEADS) + len(latency)),

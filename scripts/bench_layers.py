@@ -76,7 +76,25 @@ def judge_base(base: Base, judge: Judge, arguments: argparse.Namespace) -> dict:
         own = {slug: row for slug, row in rows.items() if row["method"] in METHODS}
         plans = {slug: planner.plan(row["method"], row["keep"], row["seed"]) for slug, row in own.items()}
         result["latency"] = latencies(pipe, plans)
+    if arguments.docs:
+        draw_grid(base, pipe, planner, judge, work / "grid.png")
     return result
+
+
+def draw_grid(base: Base, pipe, planner: Planner, judge: Judge, file: Path, columns: int = 8) -> None:
+    """Pictures of the first test captions: the dense pipeline's, and every method's at half the MACs."""
+    from scripts.miniature.pictures import contact_sheet
+
+    if file.is_file():
+        return
+    prompts, drawn, captions = judge.prompts[:columns], [], []
+    for method in ("dense", *METHODS):
+        small = pipe if method == "dense" else cut_copy(pipe, planner.plan(method, min(BUDGETS)))
+        pictures = pictures_of(small, latents_of(small, base, prompts, TEST_SEED))
+        drawn.append(pictures.permute(0, 2, 3, 1))
+        captions += [f"{method}: {prompt}" for prompt in prompts]
+    file.parent.mkdir(parents=True, exist_ok=True)
+    contact_sheet(torch.cat(drawn).numpy(), file, columns=columns, zoom=2, captions=captions)
 
 
 def _candidates(arguments: argparse.Namespace):
@@ -195,7 +213,7 @@ def main(argv: list[str] | None = None) -> None:
         with whole_file(arguments.out) as temporary:
             temporary.write_text(text)
     if arguments.docs:
-        write_page(arguments.docs, result)
+        write_page(arguments.docs, result, arguments.work)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +29,27 @@ def main_figures(parts: dict[str, Any]) -> dict[str, float]:
     return figures
 
 
-def write_page(docs: Path, result: dict) -> None:
-    """Put the tables between the marks of `layers-compared.md`, and write the curves beside it."""
+def write_page(docs: Path, result: dict, grids: Path) -> None:
+    """Put the tables between the marks of `layers-compared.md`, and write plots and picture grids beside it.
+
+    Args:
+        docs: folder of the page.
+        result: what `bench_layers.py` writes.
+        grids: folder of `BASE/grid.png`, copied where they are.
+    """
     lines = []
     for base, part in result["bases"].items():
         lines += [f"### {TITLES.get(base, base)}", "", *_table(part), "", *_notes(part), ""]
         picture = docs / "layers" / f"{base}.svg"
-        _curves(part["rows"], picture)
-        lines += [f"![Recovery at half the MACs, {base}]({picture.relative_to(docs)})", ""]
+        _plots(part, picture)
+        lines += [f"![Recovery at half the MACs, and quality over time, {base}]({picture.relative_to(docs)})", ""]
+        if (grids / base / "grid.png").is_file():
+            shutil.copy(grids / base / "grid.png", docs / "layers" / f"{base}.png")
+            lines += [f"![First test captions at half the MACs, {base}](layers/{base}.png)", ""]
+            lines += [
+                "*The first test captions, unselected, at half the MACs before any recovery; rows as named.*",
+                "",
+            ]
     if "vit" in result:
         lines += ["### A ViT classifier on Fashion-MNIST", "", *_vit(result["vit"]), ""]
     page = docs / "layers-compared.md"
@@ -110,30 +124,40 @@ def _vit(found: dict) -> list[str]:
     return lines
 
 
-def _curves(rows: dict, file: Path) -> None:
-    """Captions all right over the share of samples, at half the MACs."""
+def _plots(part: dict, file: Path) -> None:
+    """Captions all right along the recovery, and over what the plan saves, at batch 8 where time was measured."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(7, 4))
-    for row in rows.values():
-        if row["keep"] != 0.5 or row["seed"]:
-            continue
+    figure, (curves, front) = pyplot.subplots(1, 2, figsize=(11, 4.2))
+    half = [row for row in part["rows"].values() if row["keep"] == 0.5 and not row["seed"]]
+    for row in half:
         shares = [share for share in SHARES if share in row["points"]]
-        axes.plot(
-            [SHARES.index(share) for share in shares],
-            [row["points"][share]["all_right"]["estimate"] for share in shares],
-            marker="o",
-            label=row["method"],
-        )
-    axes.set_xticks(range(len(SHARES)), HEADS)
-    axes.set_xlabel("samples of the recovery, as a share of the base's training")
-    axes.set_ylabel("captions all right")
-    axes.set_ylim(0, 1)
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+        right = [row["points"][share]["all_right"]["estimate"] for share in shares]
+        curves.plot([SHARES.index(share) for share in shares], right, marker="o", label=row["method"])
+    curves.set_xticks(range(len(SHARES)), HEADS)
+    curves.set_xlabel("samples of the recovery, as a share of the base's training")
+    timed = part.get("latency", {}).get("batch 8", {}).get("ratio", {})
+    for number, method in enumerate(dict.fromkeys(row["method"] for row in part["rows"].values())):
+        for share, marker, filled in (("0", "o", "none"), ("0.01", "s", f"C{number}")):
+            points = [
+                (timed[slug]["estimate"] if timed else row["costs"]["macs"] / row["costs"]["dense_macs"], point)
+                for slug, row in part["rows"].items()
+                if row["method"] == method and not row["seed"] and (not timed or slug in timed)
+                if (point := row["points"].get(share, {}).get("all_right", {}).get("estimate")) is not None
+            ]
+            if points:
+                front.scatter(*zip(*points), marker=marker, facecolors=filled, edgecolors=f"C{number}")
+    front.axhline(part["dense"]["all_right"]["estimate"], color="grey", linewidth=0.8)
+    front.set_xlabel("time of a step at batch 8 / dense" if timed else "MACs / dense")
+    front.set_title("hollow: one-shot; filled: after 1 %", fontsize=9)
+    for axes in (curves, front):
+        axes.set_ylabel("captions all right")
+        axes.set_ylim(0, 1.02)
+        axes.grid(alpha=0.3)
+    curves.legend(fontsize=7)
     figure.tight_layout()
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, metadata={"Date": None})

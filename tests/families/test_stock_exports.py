@@ -92,7 +92,10 @@ def test_one_mlp_width_is_exported(name: str):
         ("vit", "blocks.0.mlp:neurons"),  # one block narrower than the other
         ("unet", "mid_block.attentions.0:wrapper"),
         ("unet-sdxl", "down_blocks.1.attentions.0.transformer_blocks.1:block"),  # shares its entry with the middle
-        ("unet-unconditional", "down_blocks.1.attentions.0:wrapper"),
+        ("unet", "down_blocks.1.resnets.0:branch"),  # without its partner on the way up
+        ("unet", "up_blocks.0.resnets.0:branch"),
+        ("unet", "mid_block.resnets.0:branch"),
+        ("unet-unconditional", "mid_block.resnets.0:branch"),
     ],
 )
 def test_what_no_stock_configuration_says_is_not_exported(name: str, removed: str):

@@ -6,22 +6,13 @@ from functools import cache
 
 import pytest
 import torch
+from preset_hosts import COUNTS
 from stock_configs import SD15, SDXL
 
 import genprune as gp
 from genprune.presets import preset_plan, presets
 from genprune.stock import stock_export_of
 
-# Parameters and MACs at 64x64 (SD) and 128x128 (SDXL) latent pixels, 77 text tokens.
-COUNTS = {
-    "bk-sdm-base": (579_384_964, 261_496_995_840),
-    "bk-sdm-small": (482_346_884, 255_447_203_840),
-    "bk-sdm-tiny": (323_384_964, 242_754_519_040),
-    "koala-1b": (1_161_184_324, 1_715_914_178_560),
-    "koala-700m": (782_822_724, 1_350_757_416_960),
-    "ssd-1b": (1_331_334_404, 2_103_880_908_800),
-    "vega": (745_225_604, 1_411_220_439_040),
-}
 DENSE = {"sd": (859_520_964, 401_636_720_640), "sdxl": (2_567_463_684, 3_380_618_199_040)}
 
 

@@ -15,7 +15,7 @@ from genprune.files import whole_folder
 from genprune.model_source import MINIATURE, miniature_folder
 from genprune.prune_run import check_free, disk_errors
 
-PRUNED, BASELINES = "taylor", ("magnitude", "random")
+PRUNED, RECOVERED, BASELINES = "taylor", "recovered", ("magnitude", "random")
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,7 @@ class DemoSettings:
         steps: denoising steps a picture.
         guidance_scale: of classifier-free guidance.
         calibration_prompts: captions and pictures of the dev split that Taylor scores on.
+        recovery_steps, recovery_batch: of the training after the cut, on scenes of the train split.
         latency_rounds: timed rounds; every round times every candidate. 0 leaves times out.
         memory: measure peak memory, each candidate in a fresh process.
         seed: of plans, scenes and noise.
@@ -39,6 +40,8 @@ class DemoSettings:
     steps: int = 20
     guidance_scale: float = 3.5
     calibration_prompts: int = 32
+    recovery_steps: int = 40
+    recovery_batch: int = 16
     latency_rounds: int = 15
     memory: bool = True
     seed: int = 0
@@ -46,12 +49,15 @@ class DemoSettings:
     def __post_init__(self) -> None:
         if self.prompts < 4:
             raise GenpruneError(f"--prompts is {self.prompts}; expected at least 4 to compare sets of pictures.")
+        for name in ("recovery_steps", "recovery_batch"):
+            if getattr(self, name) < 1:
+                raise GenpruneError(f"{name} is {getattr(self, name)}; expected at least 1. Leave it out.")
 
     @classmethod
     def quick(cls, **changes: Any) -> DemoSettings:
         """A first look: few pictures and few steps. Its quality figures mean little."""
-        settings = {"prompts": 8, "steps": 8, "calibration_prompts": 8, "latency_rounds": 5} | changes
-        return cls(**settings)
+        settings = {"prompts": 8, "steps": 8, "calibration_prompts": 8, "latency_rounds": 5}
+        return cls(**(settings | {"recovery_steps": 10, "recovery_batch": 8} | changes))
 
 
 def run_demo(
@@ -62,10 +68,10 @@ def run_demo(
     progress: bool = True,
     say: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
-    """Plan, cut, save, reload, draw, measure and report; `out` appears whole at the end, or not at all.
+    """Plan, cut, recover, save, reload, draw, measure and report; `out` appears whole at the end, or not at all.
 
-    Writes `report.html`, `result.json`, the pruned pipeline in `pipeline/`, its plan in `plan/`, the baselines' plans
-    in `baselines/` and every picture in `images/`.
+    Writes `report.html`, `result.json`, the pruned pipeline in `pipeline/`, the same after a brief recovery in
+    `recovered/`, its plan in `plan/`, the baselines' plans in `baselines/` and every picture in `images/`.
 
     Args:
         out: must not exist, or be empty; with `force` an earlier result is replaced.
@@ -86,11 +92,12 @@ def run_demo(
     with disk_errors(out), whole_folder(out) as stage:
         base = str(miniature_folder())
         chain = _chain(stage, settings, progress, say)
-        say(f"Drawing {settings.prompts} prompts with each of 4 pipelines, then measuring")
+        say(f"Drawing {settings.prompts} prompts with each of 5 pipelines, then measuring")
         result = run_benchmark(
             {
                 "dense": _candidate("dense", base),
                 PRUNED: _candidate(PRUNED, str(stage / "pipeline")),
+                RECOVERED: _candidate(RECOVERED, str(stage / "recovered")),
                 **{name: _candidate(name, base, str(stage / "baselines" / name)) for name in BASELINES},
             },
             stage,
@@ -113,9 +120,7 @@ def run_demo(
 
 
 def _chain(stage: Path, settings: DemoSettings, progress: bool, say: Callable[[str], None]) -> dict[str, Any]:
-    """Score, plan, cut, save and reload; the plans' figures and whether the reloaded weights are the cut ones."""
-    from diffusers import DiffusionPipeline
-
+    """Score, plan, cut, recover, save and reload: plans, recovery, whether the reloaded weights are those saved."""
     import genprune as gp
     from genprune.methods import method_named
 
@@ -133,14 +138,46 @@ def _chain(stage: Path, settings: DemoSettings, progress: bool, say: Callable[[s
         plans[name].save(stage / ("plan" if name == PRUNED else f"baselines/{name}"))
     say("Cutting, saving, and loading the result again")
     gp.cut(pipe, plans[PRUNED])
-    pipe.save_pretrained(stage / "pipeline")
-    again = DiffusionPipeline.from_pretrained(stage / "pipeline")
-    cut, loaded = pipe.unet.state_dict(), again.unet.state_dict()
+    exact = _saved_exactly(pipe, stage / "pipeline")
+    recovery = _recover(pipe, settings, progress, say)
+    exact = _saved_exactly(pipe, stage / "recovered") and exact
     return {
         "plans": {name: plan.to_json() for name, plan in plans.items()},
-        "reload_is_exact": cut.keys() == loaded.keys() and all(torch.equal(cut[key], loaded[key]) for key in cut),
+        "recovery": recovery,
+        "reload_is_exact": exact,
         "overlap_with_taylor": {name: plans[PRUNED].overlap(plans[name]) for name in BASELINES},
     }
+
+
+def _recover(pipe: Any, settings: DemoSettings, progress: bool, say: Callable[[str], None]) -> dict[str, Any]:
+    """Train the cut pipeline against the dense one for a moment, in place; what `genprune recover` notes of it."""
+    import genprune as gp
+    from genprune.model_source import open_source
+    from genprune.recover_run import default_method, ends, miniature_data
+
+    steps, batch_size = settings.recovery_steps, settings.recovery_batch
+    rows = steps * batch_size
+    say(f"Recovering: {steps} steps of {batch_size} train scenes")
+    method = default_method(open_source(MINIATURE), steps=steps, batch_size=batch_size, seed=settings.seed)
+    data = miniature_data(rows, settings.seed)
+    teacher = gp.miniature.load_pipeline()
+    result = gp.recover(pipe, teacher, method, prompts=data.prompts, data=data.pictures, progress=progress)
+    return {
+        "rows": rows,
+        "seconds": result.figures["seconds"],
+        "errors": ends(result.curve),
+        "settings": method.to_json(),
+        "data": data.to_json(),
+    }
+
+
+def _saved_exactly(pipe: Any, folder: Path) -> bool:
+    """Save a pipeline; whether the ordinary loading gives its weights again, bit for bit."""
+    from diffusers import DiffusionPipeline
+
+    pipe.save_pretrained(folder)
+    kept, loaded = pipe.unet.state_dict(), DiffusionPipeline.from_pretrained(folder).unet.state_dict()
+    return kept.keys() == loaded.keys() and all(torch.equal(kept[key], loaded[key]) for key in kept)
 
 
 def _calibration(settings: DemoSettings) -> dict[str, Any]:
@@ -171,6 +208,7 @@ def _finished(result: dict, chain: dict, settings: DemoSettings, places: dict[st
                 if entry[field] is not None:
                     entry[field] = entry[field].replace(found, told)
     figures = {**result["figures"], "reload_is_exact": int(chain["reload_is_exact"])}
+    figures |= {"recovery_seconds": chain["recovery"]["seconds"], "recovery_rows": chain["recovery"]["rows"]}
     return {**result, "kind": "genprune-demo", "figures": figures, "demo": {**asdict(settings), **chain}}
 
 

@@ -61,15 +61,29 @@ def _damage(result: dict[str, Any]) -> str:
     figures = result["figures"]
     if f"{GRADE}/taylor" not in figures:
         return "How much the pictures suffered is in the tables below."
-    grades = {name: figures[f"{GRADE}/{name}"] for name in ("dense", "taylor", "magnitude", "random")}
+    grades = {name: figures[f"{GRADE}/{name}"] for name in ("dense", "taylor", "recovered", "magnitude", "random")}
     chance = figures.get(f"{GRADE}/shuffled prompts")
     told = "" if chance is None else f" (in pictures of other captions: {chance:.0%})"
     return (
         f"{_verdict(figures, grades)} A grader network that reads objects, counts, places and backgrounds back from a "
         f"picture finds {grades['dense']:.0%} of what the caption says in the dense model's pictures and "
         f"{grades['taylor']:.0%} in the pruned model's{told}. Removing as much by weight magnitude leaves "
-        f"{grades['magnitude']:.0%}, at random {grades['random']:.0%}. No training followed the cut: this release has "
-        f"none yet that would win back what was lost."
+        f"{grades['magnitude']:.0%}, at random {grades['random']:.0%}.\n\n{_recovery(result, grades)}"
+    )
+
+
+def _recovery(result: dict[str, Any], grades: dict[str, float]) -> str:
+    """What the brief training after the cut did, better or worse."""
+    figures, recovery = result["figures"], result["demo"]["recovery"]
+    psnr = [figures.get(f"PSNR to dense (dB)/{name}") for name in ("taylor", "recovered")]
+    likeness = (
+        "" if None in psnr else f", and likeness to the dense model's pictures from {psnr[0]:.1f} to {psnr[1]:.1f} dB"
+    )
+    return (
+        f"That was the cut alone. The row 'recovered' is the same smaller model after {recovery['seconds']:.0f} "
+        f"seconds of training against the dense one, on {recovery['rows']:,} scenes that no picture here comes from: "
+        f"what the grader finds goes from {grades['taylor']:.0%} to {grades['recovered']:.0%}{likeness}. So brief a "
+        f"training is a start; `genprune recover` goes on."
     )
 
 
@@ -103,7 +117,8 @@ def overview(result: dict[str, Any]) -> Table:
     note = (
         "caption: share of what it says that the grader finds. KID: distance to real scenes. PSNR: likeness to the "
         "dense model's picture. memory: peak of a process, its libraries included. The last rows are no models: they "
-        "show what each measure gives for pictures that ignore the caption."
+        "show what each measure gives for pictures that ignore the caption. taylor: the cut alone. recovered: the "
+        f"same cut, then {result['demo']['recovery_steps']} steps of training."
     )
     if floor is not None:
         note += f" Two sets of real pictures have a KID of {floor:.4f}: that is its zero."
@@ -130,6 +145,8 @@ def _details(result: dict[str, Any]) -> dict[str, object]:
         "device": f"{device['name']}, {device['threads']} threads",
         "budget": f"keep {settings['keep']} of {settings['of']}, seed {settings['seed']}",
         "prompts": f"{settings['prompts']} captions of the test split, scored on others of the dev split",
+        "recovery": f"{settings['recovery_steps']} steps of {settings['recovery_batch']} scenes of the train split, "
+        f"learning rate {settings['recovery']['settings']['learning_rate']:g}",
         "sampling": result["sampling"],
         "plans agree": {name: f"{share:.0%}" for name, share in settings["overlap_with_taylor"].items()},
         "versions": result["versions"],

@@ -16,7 +16,9 @@ from genprune.demo import DemoSettings, run_demo
 from genprune.errors import BudgetUnreachable, GenpruneError
 from genprune.prune_run import FolderInTheWay
 
-TINY = DemoSettings(prompts=4, steps=2, calibration_prompts=4, latency_rounds=2, memory=False)
+TINY = DemoSettings(
+    prompts=4, steps=2, calibration_prompts=4, recovery_steps=2, recovery_batch=2, latency_rounds=2, memory=False
+)
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +30,7 @@ def demo(tmp_path_factory) -> Path:
 
 
 def test_everything_is_there(demo):
-    assert {"report.html", "result.json", "pipeline", "plan", "baselines", "images"} <= {
+    assert {"report.html", "result.json", "pipeline", "recovered", "plan", "baselines", "images"} <= {
         p.name for p in demo.iterdir()
     }
     assert [path.name for path in demo.parent.iterdir()] == ["out"], "a temporary folder was left"
@@ -36,9 +38,10 @@ def test_everything_is_there(demo):
 
 def test_the_result_is_complete_and_names_no_place_on_this_machine(demo):
     result = read_result(demo / "result.json")
-    names = ["dense", "taylor", "magnitude", "random"]
+    names = ["dense", "taylor", "recovered", "magnitude", "random"]
     assert [entry["name"] for entry in result["candidates"]] == names
-    assert [entry["model"] for entry in result["candidates"]] == ["miniature", "pipeline", "miniature", "miniature"]
+    models = ["miniature", "pipeline", "recovered", "miniature", "miniature"]
+    assert [entry["model"] for entry in result["candidates"]] == models
     for name in names[1:]:  # 0.5 % or half a unit, whichever is more
         assert result["figures"][f"macs_ratio/{name}"] == pytest.approx(0.7, abs=0.01)
     assert result["figures"]["reload_is_exact"] == 1
@@ -49,8 +52,8 @@ def test_the_result_is_complete_and_names_no_place_on_this_machine(demo):
 def test_the_page_stands_alone_and_tells_the_figures(demo):
     page = (demo / "report.html").read_text()
     assert not re.search(r"""(src|href)=["'](?!data:)""", page), "the page needs another file"
-    assert page.count("<figure>") == 4 * TINY.prompts
-    for words in ("A grader network", "blank canvas", "shuffled prompts", "70% of the arithmetic"):
+    assert page.count("<figure>") == 5 * TINY.prompts
+    for words in ("A grader network", "blank canvas", "shuffled prompts", "70% of the arithmetic", "on 4 scenes"):
         assert words in page
 
 
@@ -69,6 +72,16 @@ def test_the_plan_is_the_cut_that_was_saved(demo):
     assert gp.PruningPlan.load(demo / "plan").widths() == widths
 
 
+def test_the_recovered_pipeline_is_the_same_cut_trained(demo):
+    one_shot, recovered = (gp.load_pipeline(demo / name).unet for name in ("pipeline", "recovered"))
+    before, after = one_shot.state_dict(), recovered.state_dict()
+    assert {name: value.shape for name, value in before.items()} == {name: v.shape for name, v in after.items()}
+    assert any((before[name] - after[name]).abs().max() > 1e-6 for name in before if before[name].numel())
+    result = read_result(demo / "result.json")
+    assert result["figures"]["recovery_rows"] == 4 and result["demo"]["recovery"]["settings"]["steps"] == 2
+    assert result["figures"]["macs_ratio/recovered"] == result["figures"]["macs_ratio/taylor"]
+
+
 def test_a_folder_in_the_way_is_refused_before_any_work(demo):
     before = (demo / "result.json").read_bytes()
     with pytest.raises(FolderInTheWay, match="not empty; nothing was changed"):
@@ -76,7 +89,7 @@ def test_a_folder_in_the_way_is_refused_before_any_work(demo):
     assert (demo / "result.json").read_bytes() == before
 
 
-@pytest.mark.parametrize("step", ["Planning by magnitude", "Drawing"])
+@pytest.mark.parametrize("step", ["Planning by magnitude", "Recovering", "Drawing"])
 def test_ctrl_c_leaves_nothing(step, tmp_path):
     def interrupt(text: str) -> None:
         if text.startswith(step):
@@ -96,4 +109,6 @@ def test_an_unreachable_budget_leaves_nothing(tmp_path):
 def test_settings_are_checked():
     with pytest.raises(GenpruneError, match="at least 4"):
         DemoSettings(prompts=2)
+    with pytest.raises(GenpruneError, match="recovery_steps is 0"):
+        DemoSettings(recovery_steps=0)
     assert DemoSettings.quick(prompts=12).prompts == 12 and DemoSettings.quick().steps < DemoSettings().steps

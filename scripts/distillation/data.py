@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from PIL import Image
+import torch
 
 from genprune.denoising.capture import takes_prompts
 from genprune.errors import GenpruneError
@@ -69,6 +69,8 @@ def _captioned(args: argparse.Namespace, pipe: Any, side: int) -> RecoveryData:
         raise GenpruneError(
             f"{error}; expected a data set of pictures{' with captions' if captioned else ''}."
         ) from None
-    pictures = [Image.fromarray(images.picture(index)) for index in range(images.count)]
+    pictures = torch.empty(images.count, 3, side, side)  # as the VAE takes them: no second copy in its preprocessing
+    for index in range(images.count):
+        pictures[index] = torch.from_numpy(images.picture(index).copy()).permute(2, 0, 1).float() / 255
     name = args.dataset_name or args.train_data_dir.name
     return RecoveryData(images.captions() if captioned else None, pictures, str(name))

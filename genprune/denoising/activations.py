@@ -193,10 +193,10 @@ def input_moments(
             yield path, moments
 
 
-def shown(calls: Iterable[ModelCall], what: str, progress: bool) -> Iterable[ModelCall]:
-    """The calls, with a bar that counts them where one is wanted."""
+def shown(calls: Iterable, what: str, progress: bool, unit: str = "call") -> Iterable:
+    """The calls, or anything else, with a bar that counts them where one is wanted."""
     if not progress:
         return calls
     from tqdm.auto import tqdm
 
-    return tqdm(calls, desc=what, unit="call")
+    return tqdm(calls, desc=what, unit=unit)

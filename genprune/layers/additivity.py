@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from genprune.denoising.activations import shown
 from genprune.layers.candidates import Candidate, conflicts, families_of_children
 from genprune.layers.output_loss import OutputLoss
 
@@ -36,7 +37,9 @@ class Additivity:
         return _correlation(_ranks(self.predicted), _ranks(self.true))
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self) | {"pearson": self.pearson, "spearman": self.spearman}
+        # lists, as JSON reads them back: a plan equals itself on disk
+        measured = {name: list(values) for name, values in asdict(self).items()}
+        return measured | {"pearson": self.pearson, "spearman": self.spearman}
 
     def __str__(self) -> str:
         return (
@@ -53,6 +56,7 @@ def additivity(
     sets: int,
     saving: tuple[str, float, float],
     seed: int,
+    progress: bool = False,
 ) -> Additivity:
     """Measure it on random sets that a plan could hold.
 
@@ -63,6 +67,7 @@ def additivity(
         sets: how many, >= 2.
         saving: quantity, and the least and the largest amount of it that a set saves, spread evenly.
         seed: of the draw.
+        progress: show a bar.
 
     Reference:
         LAPTOP-Diff (arXiv 2404.11098) chooses the output loss for its additivity.
@@ -71,11 +76,11 @@ def additivity(
     quantity, low, high = saving
     children = families_of_children(candidates, loss.sites)
     predicted, true, sizes = [], [], []
-    for index in range(sets):
+    for index in shown(range(sets), "additivity", progress, unit="set"):
         target = low + (high - low) * index / max(sets - 1, 1)
         chosen = _random_set(candidates, children, quantity, target, draw)
         predicted.append(sum(losses[candidates[i].name] for i in chosen))
-        true.append(loss.joint([candidates[i] for i in chosen], f"additivity {index + 1}/{sets}"))
+        true.append(loss.joint([candidates[i] for i in chosen]))
         sizes.append(len(chosen))
     return Additivity(tuple(predicted), tuple(true), tuple(sizes))
 

@@ -88,7 +88,7 @@ class LatentStatistics:
             self._dense = self.latents()
         return self._dense
 
-    def joint(self, candidates: Sequence[Candidate], what: str = "") -> float:
+    def joint(self, candidates: Sequence[Candidate]) -> float:
         """The score with all of these applied at once. Raises `GenpruneError` where latents are not finite."""
         dense = self.dense()
         with applied(denoiser(self.pipe), self.sites, candidates):

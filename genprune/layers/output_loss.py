@@ -93,11 +93,11 @@ class OutputLoss:
         return {name: value / self.total for name, value in sums.items()}
 
     @torch.no_grad()
-    def joint(self, candidates: Sequence[Candidate], what: str = "joint loss") -> float:
+    def joint(self, candidates: Sequence[Candidate]) -> float:
         """The mean distance to the dense output with all of these applied at once."""
         dense, total = self.dense(), 0.0
         with applied(self.model, self.sites, candidates):
-            for call, reference in zip(shown(self.calls, what, self.progress), dense):
+            for call, reference in zip(self.calls, dense):
                 output = next(changed_outputs(self.model, self._inputs(call), {}))[1]
                 total += call.weight * self._mean(output, reference, "the joint change")
         return total / self.total

@@ -79,9 +79,10 @@ class LayerMethod(Method):
             check_budget(share, quantity, self.quantities)
             if quantity == self.of:
                 raise GenpruneError(f"also={self.also} repeats of='{self.of}'; expected another quantity there.")
-        for name in ("max_consecutive", "protect_first"):
-            if getattr(self, name) not in (AUTO, None):
-                check_whole(name, getattr(self, name), 1 if name == "max_consecutive" else 0)
+        if self.max_consecutive not in (AUTO, None):
+            check_whole("max_consecutive", self.max_consecutive, 1)
+        if self.protect_first != AUTO:
+            check_whole("protect_first", self.protect_first, 0)
         for name in ("samples", "timesteps"):
             if getattr(self, name) is not None:
                 check_whole(name, getattr(self, name), 1)
@@ -249,7 +250,13 @@ class LaptopDiff(LayerMethod):
         quantity = self.of if self.of != "latency" else "macs"
         most = (1 - self.keep) * getattr(context.dense, quantity)
         return additivity(
-            loss, candidates, losses, sets=self.additivity_sets, saving=(quantity, 0.0, most), seed=self.seed
+            loss,
+            candidates,
+            losses,
+            sets=self.additivity_sets,
+            saving=(quantity, 0.0, most),
+            seed=self.seed,
+            progress=context.progress,
         )
 
 

@@ -104,7 +104,13 @@ class LDPruner(LayerMethod):
             quantity = self.of if self.of != "latency" else "macs"
             most = (1 - self.keep) * getattr(context.dense, quantity)
             report = additivity(
-                loss, removals, losses, sets=self.additivity_sets, saving=(quantity, 0.0, most), seed=self.seed
+                loss,
+                removals,
+                losses,
+                sets=self.additivity_sets,
+                saving=(quantity, 0.0, most),
+                seed=self.seed,
+                progress=context.progress,
             )
         return LayerScores(
             losses=losses,

@@ -118,15 +118,16 @@ def conditions(run: Run, sample_argument: str) -> dict[str, Any]:
             f"the denoiser was called with {called} rows for {run.rows} images; expected {run.rows}, or twice that "
             "under guidance. Pass guidance_scale=1."
         )
-    return {name: _conditional(value, called) for name, value in inputs.items()}
+    half = slice(called // 2) if run.conditional_first else slice(called // 2, None)
+    return {name: _half(value, called, half) for name, value in inputs.items()}
 
 
-def _conditional(value: Any, called: int) -> Any:
-    """The second half of every tensor with `called` rows: diffusers puts the unconditional rows first."""
+def _half(value: Any, called: int, half: slice) -> Any:
+    """The conditional rows of every tensor with `called` rows."""
     if isinstance(value, Tensor):
-        return value[called // 2 :] if value.ndim and value.shape[0] == called else value
+        return value[half] if value.ndim and value.shape[0] == called else value
     if isinstance(value, Mapping):
-        return {name: _conditional(item, called) for name, item in value.items()}
+        return {name: _half(item, called, half) for name, item in value.items()}
     return value
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -43,6 +44,8 @@ class Run:
         calls: the recorded calls, in order.
         timesteps: the scheduler's timesteps in this run, shape `(steps,)`.
         first_sample: index of row 0 among all samples.
+        conditional_first: whether guidance calls the denoiser with the conditional rows first, as DiT's pipeline does;
+            the others put the unconditional ones there.
     """
 
     rows: int
@@ -50,6 +53,7 @@ class Run:
     calls: tuple[DenoiserCall, ...] = field(repr=False)
     timesteps: Tensor = field(repr=False)
     first_sample: int = 0
+    conditional_first: bool = False
 
 
 class CallRecorder:
@@ -101,9 +105,28 @@ def takes_prompts(pipe) -> bool:
     return "prompt" in inspect.signature(type(pipe).__call__).parameters
 
 
+def takes_labels(pipe) -> bool:
+    """Whether a pipeline is called with class labels."""
+    return "class_labels" in inspect.signature(type(pipe).__call__).parameters
+
+
+class LastLatents:
+    """What a scheduler's last step returned: final latents of pipelines that decode whatever they are asked for."""
+
+    def __init__(self, scheduler):
+        self.step, self.latents = scheduler.step, None
+        functools.update_wrapper(self, scheduler.step)  # pipelines read from its signature what a solver takes
+        scheduler.step = self
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        output = self.step(*args, **kwargs)
+        self.latents = output[0] if isinstance(output, tuple) else output.prev_sample
+        return output
+
+
 def capture_runs(
     pipe,
-    prompts: Sequence[str] | None = None,
+    prompts: Sequence | None = None,
     *,
     samples: int | None = None,
     seed: int = 0,
@@ -120,7 +143,8 @@ def capture_runs(
 
     Args:
         pipe: a diffusers pipeline.
-        prompts: one per sample; repeated in order until there are `samples`. None for an unconditional pipeline.
+        prompts: one per sample; repeated in order until there are `samples`. Class labels for a pipeline that draws by
+            them; None for an unconditional pipeline.
         samples: images to draw. Default: one per prompt, 16 without prompts.
         seed: image `i` starts from a generator seeded with `seed + i`, whatever the batch size.
         steps, guidance_scale: passed on; None leaves the pipeline's default.
@@ -133,7 +157,7 @@ def capture_runs(
         `Run`, in sample order.
 
     Raises:
-        BadCalibrationData: prompts are missing, empty or no strings, or the pipeline draws by class label.
+        BadCalibrationData: prompts are missing, empty or of another type.
         GenpruneError: an option that the pipeline does not have.
     """
     if denoiser_slot(pipe) is None:
@@ -146,9 +170,8 @@ def capture_runs(
     accepted = inspect.signature(type(pipe).__call__).parameters
     if prompts is None and "batch_size" not in accepted:
         raise BadCalibrationData(
-            f"{type(pipe).__name__} draws neither from prompts nor without any, but by class label, say; expected one "
-            "of those two. Learn masks with gp.EcoDiff, which takes class labels as prompts, or pass the bare "
-            f"{type(denoiser(pipe)).__name__} with data=[(inputs, target), ...]."
+            f"{type(pipe).__name__} draws neither from prompts, class labels nor without any; expected one of those. "
+            f"Pass the bare {type(denoiser(pipe)).__name__} with data=[(inputs, target), ...]."
         )
     for name in options:
         # a pipeline without a size of its own draws what its model is made for
@@ -158,22 +181,24 @@ def capture_runs(
             )
     options |= {"num_inference_steps": steps, "guidance_scale": guidance_scale}
     options = {name: value for name, value in options.items() if value is not None and name in accepted}
-    latent = "vae" in getattr(pipe, "components", {})
+    latent, labelled = "vae" in getattr(pipe, "components", {}), takes_labels(pipe)
     for first in range(0, samples, batch_size):
         rows = min(batch_size, samples - first)
         generators = [torch.Generator("cpu").manual_seed(seed + first + row) for row in range(rows)]
         given = {"generator": generators, "output_type": "latent" if latent else "pt"}
-        if prompts:
-            given["prompt"] = [prompts[(first + row) % len(prompts)] for row in range(rows)]
-        else:
-            given["batch_size"] = rows
+        chosen = [prompts[(first + row) % len(prompts)] for row in range(rows)] if prompts else None
+        given |= {"batch_size": rows} if chosen is None else {"class_labels" if labelled else "prompt": chosen}
         quiet = quiet_copy(pipe)
+        last = LastLatents(quiet.scheduler)
         with CallRecorder(denoiser(pipe), keep, device) as recorder:
             output = quiet(**given, **for_rows(options, rows))
-        # some audio pipelines decode whatever they are asked for
-        images = torch.as_tensor(output.images if hasattr(output, "images") else output.audios).detach().to(device)
-        latents = images if latent else images * 2 - 1
-        yield Run(rows, latents, tuple(recorder.calls), quiet.scheduler.timesteps.detach().cpu(), first)
+        if labelled or not hasattr(output, "images"):
+            latents = last.latents[:rows].detach().to(device)  # DiT steps both halves of guidance
+        else:
+            images = output.images.detach().to(device)
+            latents = images if latent else images * 2 - 1
+        timesteps = quiet.scheduler.timesteps.detach().cpu()
+        yield Run(rows, latents, tuple(recorder.calls), timesteps, first, conditional_first=labelled)
 
 
 def for_rows(options: Mapping[str, Any], rows: int) -> dict[str, Any]:
@@ -208,15 +233,29 @@ def image_size(pipe, point: OperatingPoint) -> dict[str, int]:
     return {} if factor is None else {"height": point.height * factor, "width": point.width * factor}
 
 
-def checked_prompts(pipe, prompts: Sequence[str] | None) -> list[str] | None:
-    """The prompts as a list, or None for an unconditional pipeline. Raises `BadCalibrationData`."""
+def checked_prompts(pipe, prompts: Sequence | None) -> list | None:
+    """What a pipeline is told to draw: text, class labels, or None for an unconditional one.
+
+    Raises:
+        BadCalibrationData: missing, empty or of the wrong type.
+    """
+    name = type(pipe).__name__
+    if takes_labels(pipe):
+        labels = [] if prompts is None else list(prompts)
+        wrong = [label for label in labels if isinstance(label, bool) or not isinstance(label, int)]
+        if wrong or not labels:
+            found = f"{wrong[0]!r}" if wrong else "none"
+            raise BadCalibrationData(
+                f"{name} draws by class label, got {found}; expected whole numbers. Pass e.g. prompts=[207, 360]."
+            )
+        return labels
     if not takes_prompts(pipe):
         return None
     advice = 'Pass e.g. prompts=["a red fox in the snow", ...], captions like those that the model will be used with.'
     if prompts is None or isinstance(prompts, str) or len(prompts) == 0:
         found = "none" if prompts is None or not prompts else "one string"
         raise BadCalibrationData(
-            f"{type(pipe).__name__} needs calibration prompts, got {found}; expected a list of strings. {advice}"
+            f"{name} needs calibration prompts, got {found}; expected a list of strings. {advice}"
         )
     for index, prompt in enumerate(prompts):
         if not isinstance(prompt, str) or not prompt.strip():

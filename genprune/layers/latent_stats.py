@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from genprune.denoising.capture import takes_labels
 from genprune.denoising.trajectory import draw_latents
 from genprune.errors import GenpruneError
 from genprune.families import denoiser
@@ -41,7 +42,7 @@ class LatentStatistics:
     Args:
         pipe: any pipeline that `draw_latents` can draw with: text to image, unconditional, or audio.
         sites: of its denoiser.
-        prompts: repeated in order until there are `samples`; None for an unconditional pipeline.
+        prompts: text or class labels, repeated in order until there are `samples`; None for an unconditional pipeline.
         samples: trajectories, >= 2.
         seed: sample i starts from `seed + i`.
         batch_size: drawn together.
@@ -74,12 +75,13 @@ class LatentStatistics:
     @torch.no_grad()
     def latents(self) -> Tensor:
         """Final latents of all samples as the model is, shape `(m, ...)`, float32."""
-        parts = []
+        parts, labelled = [], takes_labels(self.pipe)
         for first in range(0, self.samples, self.batch_size):
             rows = range(first, min(first + self.batch_size, self.samples))
             prompts = self.prompts and [self.prompts[row % len(self.prompts)] for row in rows]
             seeds = [self.seed + row for row in rows]
-            parts.append(draw_latents(self.pipe, prompts, seeds=seeds, **self.options).float())
+            given = {"class_labels" if labelled else "prompts": prompts}
+            parts.append(draw_latents(self.pipe, seeds=seeds, **given, **self.options).float())
         return torch.cat(parts)
 
     def dense(self) -> Tensor:

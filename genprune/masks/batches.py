@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import inspect
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from genprune.denoising.capture import checked_prompts, takes_prompts
+from genprune.denoising.capture import checked_prompts
 from genprune.errors import BadCalibrationData, GenpruneError
 from genprune.masks.settings import MaskTraining
 
@@ -18,21 +17,12 @@ def checked_conditions(pipe, prompts: Sequence | None) -> tuple | None:
     Raises:
         BadCalibrationData: missing, empty, of the wrong type, or given to an unconditional pipeline.
     """
-    name = type(pipe).__name__
-    if takes_prompts(pipe):
-        return tuple(checked_prompts(pipe, prompts))
-    if "class_labels" in inspect.signature(type(pipe).__call__).parameters:
-        labels = [] if prompts is None else list(prompts)
-        wrong = [label for label in labels if isinstance(label, bool) or not isinstance(label, int)]
-        if wrong or not labels:
-            found = f"{wrong[0]!r}" if wrong else "none"
-            raise BadCalibrationData(
-                f"{name} draws by class label, got {found}; expected whole numbers. Pass e.g. prompts=[207, 360]."
-            )
-        return tuple(labels)
-    if prompts is not None:
-        raise BadCalibrationData(f"{name} draws without prompts, got {len(prompts)}; expected none. Leave them out.")
-    return None
+    found = checked_prompts(pipe, prompts)
+    if found is None and prompts is not None:
+        raise BadCalibrationData(
+            f"{type(pipe).__name__} draws without prompts, got {len(prompts)}; expected none. Leave them out."
+        )
+    return None if found is None else tuple(found)
 
 
 @dataclass(frozen=True)

@@ -125,13 +125,14 @@ def _without_sample(inputs: Mapping[str, Any], sample_argument: str) -> dict[str
 
 
 def _negative(run: Run, sample_argument: str) -> dict[str, Any]:
-    """The unconditional rows of guidance: the first half of a joint call, or the second of two calls on one sample."""
+    """The unconditional rows of guidance: half of a joint call, or the second of two calls on one sample."""
     first = run.calls[0].inputs
     sample = first[sample_argument]
     if sample.shape[0] == 2 * run.rows:
         halves = flattened(first)
+        half = slice(run.rows, None) if run.conditional_first else slice(run.rows)
         return {
-            key: value[: run.rows]
+            key: value[half]
             for key, value in halves.items()
             if isinstance(value, Tensor) and value.ndim and value.shape[0] == 2 * run.rows
         }

@@ -29,6 +29,7 @@ PIPELINES = {
     "ddpm": lambda folder: tiny_pipelines.ddpm_pipeline(),
     "flux": lambda folder: tiny_pipelines.flux_pipeline(folder),
     "sd3": lambda folder: tiny_pipelines.sd3_pipeline(folder),
+    "dit": lambda folder: tiny_pipelines.dit_pipeline(),
 }
 
 
@@ -47,8 +48,9 @@ def pipelines(tmp_path_factory):
 
 
 def scored(pipe, method, **changes):
-    prompts = PROMPTS if hasattr(pipe, "tokenizer") else None
-    options = {"height": 16, "width": 16} if prompts else {}
+    labelled = "DiT" in type(pipe).__name__
+    prompts = PROMPTS if hasattr(pipe, "tokenizer") else [0, 1, 0, 1] if labelled else None
+    options = {"height": 16, "width": 16} if prompts and not labelled else {}
     if changes:
         method = method.changed(**changes)
     if prompts is None:

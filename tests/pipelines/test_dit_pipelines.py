@@ -91,7 +91,49 @@ def test_repositories_that_name_the_old_class(name, tmp_path):
     same_state(again.transformer, gp.cut(pipe, plan).transformer)
 
 
-@pytest.mark.parametrize("method", [gp.Taylor(), gp.OBS()], ids=lambda method: method.name)
-def test_methods_that_cannot_draw_by_class_label_say_so(method):
-    with pytest.raises(BadCalibrationData, match="DiTPipeline draws neither .* Learn masks with gp.EcoDiff"):
-        gp.score(dit_pipeline(), method, prompts=[0, 1], progress=False)
+METHODS = (
+    gp.Taylor(keep=0.9, steps=2, timesteps=1),
+    gp.OBS(keep=0.9, steps=2, timesteps=1),
+    gp.LaptopDiff(keep=0.7, of="macs", steps=2, timesteps=1, additivity_sets=0),
+    gp.LDPruner(keep=0.7, of="macs", steps=2, timesteps=1, trajectory_steps=2, menu=("remove",)),
+)
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
+def test_class_labels_are_prompts(method):
+    pipe = dit_pipeline()
+    plan = gp.make_plan(pipe, method, prompts=[0, 1, 0], progress=False)
+    gp.cut(pipe, plan)
+    pipe.set_progress_bar_config(disable=True)
+    assert len(pipe(class_labels=[1], num_inference_steps=1).images) == 1
+    with pytest.raises(BadCalibrationData, match="draws by class label, got 'cat'; expected whole numbers"):
+        gp.score(dit_pipeline(), method, prompts=["cat"], progress=False)
+
+
+def test_calls_of_a_class_conditional_pipeline_are_its_own():
+    """Conditional rows come first there; the final latents are those that it decodes."""
+    from genprune.denoising.calibration import conditions
+    from genprune.denoising.capture import capture_runs
+
+    pipe = dit_pipeline()
+    pipe.set_progress_bar_config(disable=True)
+    (run,) = capture_runs(pipe, [1, 0], steps=2, seed=3, guidance_scale=3.0)
+    given = conditions(run, "hidden_states")
+    assert given["class_labels"].tolist() == [1, 0] and run.calls[0].inputs["class_labels"].shape == (4,)
+    with torch.no_grad():
+        decoded = pipe.vae.decode(run.latents / pipe.vae.config.scaling_factor).sample
+        generators = [torch.Generator("cpu").manual_seed(3 + row) for row in range(2)]
+        drawn = pipe(
+            class_labels=[1, 0], num_inference_steps=2, guidance_scale=3.0, generator=generators, output_type="pt"
+        ).images
+    decoded = (decoded / 2 + 0.5).clamp(0, 1)
+    drawn = torch.as_tensor(drawn)
+    assert torch.allclose(decoded if drawn.shape == decoded.shape else decoded.permute(0, 2, 3, 1), drawn, atol=1e-6)
+
+
+def test_a_class_conditional_pipeline_recovers():
+    pipe, teacher = dit_pipeline(), dit_pipeline()
+    gp.cut(pipe, gp.make_plan(pipe, gp.Magnitude(keep=0.9, kinds=("neurons", "heads")), progress=False))
+    method = gp.NormalizedDistillation(steps=3, batch_size=2, teacher_steps=2, prompt_dropout=0.5, learning_rate=1e-3)
+    result = gp.recover(pipe, teacher, method, prompts=[0, 1, 1, 0], progress=False)
+    assert len(result.curve) == 3 and all(row["loss"] > 0 for row in result.curve)

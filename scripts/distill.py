@@ -119,11 +119,11 @@ def distill(args: argparse.Namespace) -> Path | None:
         teacher = teacher_source.load(accelerator.device, teacher_dtype)
         pictures = training_data.has_pictures(args, teacher_source)
         options = settings.options_of(args, teacher_source, pictures)
-        side = settings.check_resolution(args, teacher)
-        data = training_data.read_data(args, teacher_source, method, teacher, side)
+        settings.check_resolution(args, teacher)
+        data = training_data.read_data(args, teacher_source, method, teacher, accelerator.num_processes)
         if args.report_to:
             accelerator.init_trackers("genprune-distill", config=_plain(method.to_json()))
-        looks = _validation(args, teacher, method, options, side, accelerator)
+        looks = _validation(args, teacher, method, options, accelerator)
         student = sources[0].load(accelerator.device, student_dtype)
         result = gp.recover(
             student,
@@ -178,7 +178,7 @@ def make_accelerator(args: argparse.Namespace) -> Any:
 
 
 def _validation(
-    args: argparse.Namespace, teacher: Any, method: Any, options: dict, side: int, accelerator: Any
+    args: argparse.Namespace, teacher: Any, method: Any, options: dict, accelerator: Any
 ) -> ValidationPictures | None:
     if not args.validation_prompts:
         return None
@@ -186,7 +186,7 @@ def _validation(
     if method.teacher_guidance is not None:
         given["guidance_scale"] = method.teacher_guidance
     if args.resolution is not None:
-        given |= {"height": side, "width": side}
+        given |= {"height": args.resolution, "width": args.resolution}
     folder = args.output_dir / "validation"
     images, steps, seed = args.num_validation_images, method.teacher_steps, method.seed
     return ValidationPictures(

@@ -182,6 +182,8 @@ def test_the_miniature_has_settings_of_its_own():
         (["--ema_decay", "0.9"], "--ema_decay 0.9 without averaged weights"),
         (["--lr_scheduler", "constant_with_warmup"], "Pass --lr_warmup_steps 500"),
         (["--train_data_dir", "x"], "--train_data_dir and --prompts are 2 sources; expected one"),
+        (["--train_data_dir", "NOWHERE"], "the data set cannot be read"),
+        (["--train_data_dir", "PICTURES", "--caption_column", "words"], "no column 'words'"),
         (["--max_train_samples", "0"], "--max_train_samples 0; expected at least 1"),
         (["--resolution", "17"], "--resolution 17 is no size that StableDiffusionPipeline can draw"),
         (["--prompts", ""], "Pass --prompts FILE, --dataset_name or --train_data_dir"),
@@ -194,8 +196,10 @@ def test_the_miniature_has_settings_of_its_own():
 )
 def test_bad_flags_get_one_line_and_nothing_is_written(base, tmp_path, capsys, more, words):
     places = {"SMALL": base / "small", "UNET": base / "small" / "unet", "FILE": base / "prompts.txt"}
-    data = () if more == ["--prompts", ""] else ("--prompts", "prompts.txt")
-    more = [] if not data else [str(places.get(flag, flag)) for flag in more]
+    places |= {"NOWHERE": base / "nowhere", "PICTURES": base / "pictures"}
+    own = more[0] == "--prompts" or "NOWHERE" in more or "PICTURES" in more
+    more = [] if more == ["--prompts", ""] else [str(places.get(flag, flag)) for flag in more]
+    data = () if own else ("--prompts", "prompts.txt")
     assert run(*flags(base, tmp_path / "out", *more, data=data)) == 2
     error = capsys.readouterr().err
     assert words in error and "Traceback" not in error

@@ -13,6 +13,7 @@ from genprune.model_source import ModelSource
 from genprune.prune_run import prompt_lines
 from genprune.recover_run import PICTURES, RecoveryData, check_data, miniature_data
 from genprune.recovery import NormalizedDistillation
+from scripts.distillation.settings import pixels_of
 
 SOURCES = ("dataset_name", "train_data_dir", "prompts")
 
@@ -32,13 +33,12 @@ def has_pictures(args: argparse.Namespace, teacher: ModelSource) -> bool:
 
 
 def read_data(
-    args: argparse.Namespace, teacher: ModelSource, method: NormalizedDistillation, pipe: Any, side: int
+    args: argparse.Namespace, teacher: ModelSource, method: NormalizedDistillation, pipe: Any, processes: int = 1
 ) -> RecoveryData:
     """The data by the flags.
 
     Args:
-        pipe: the teacher's pipeline.
-        side: pictures of a data set are scaled and centre-cropped to this many px.
+        pipe: the teacher's, whose size pictures of a data set are scaled and centre-cropped to.
 
     Raises:
         GenpruneError: they cannot be read, or a text-to-image pipeline gets none.
@@ -47,27 +47,28 @@ def read_data(
     if args.prompts:
         return RecoveryData(prompt_lines(args.prompts)[:count], name=f"{args.prompts.name}, drawn by the teacher")
     if args.dataset_name or args.train_data_dir:
-        return _captioned(args, pipe, side)
+        return _captioned(args, pipe)
     if teacher.is_miniature:
-        rows = method.steps * method.batch_size * method.gradient_accumulation
+        rows = method.steps * method.batch_size * method.gradient_accumulation * processes
         return miniature_data(count or min(PICTURES, rows), method.seed)
     data = RecoveryData()
     check_data(data, pipe, "--prompts FILE, --dataset_name or --train_data_dir")
     return data
 
 
-def _captioned(args: argparse.Namespace, pipe: Any, side: int) -> RecoveryData:
+def _captioned(args: argparse.Namespace, pipe: Any) -> RecoveryData:
     from scripts.miniature.data import CaptionedImages
 
-    captioned = takes_prompts(pipe)
+    captioned, side = takes_prompts(pipe), args.resolution or pixels_of(pipe)
     column = args.caption_column if captioned else args.image_column  # there may be no captions to read
     try:
         images = CaptionedImages(
             args.dataset_name, args.train_data_dir, args.image_column, column, side, args.max_train_samples
         )
-    except ValueError as error:
+    except (ValueError, OSError) as error:  # no such column, no such data set, nothing to reach it by
         raise GenpruneError(
-            f"{error}; expected a data set of pictures{' with captions' if captioned else ''}."
+            f"the data set cannot be read ({error}); expected pictures{' with captions' if captioned else ''}. Check "
+            "--dataset_name or --train_data_dir, and the columns."
         ) from None
     pictures = torch.empty(images.count, 3, side, side)  # as the VAE takes them: no second copy in its preprocessing
     for index in range(images.count):

@@ -6,6 +6,7 @@ import argparse
 from typing import Any
 
 from genprune.errors import GenpruneError
+from genprune.families import denoiser
 from genprune.methods.assignments import assigned
 from genprune.model_source import ModelSource
 from genprune.recover_run import default_method
@@ -81,23 +82,22 @@ def options_of(args: argparse.Namespace, teacher: ModelSource, pictures: bool) -
     return options
 
 
-def check_resolution(args: argparse.Namespace, pipe: Any) -> int:
-    """Side of training pictures in px: the flag's, or what the pipeline draws. Raises `GenpruneError`."""
+def check_resolution(args: argparse.Namespace, pipe: Any) -> None:
+    """Raises `GenpruneError` for a size that the pipeline cannot draw."""
     factor = getattr(pipe, "vae_scale_factor", 1)
-    if args.resolution is None:
-        return pixels_of(pipe)
-    if args.resolution < factor or args.resolution % factor:
+    if args.resolution is not None and (args.resolution < factor or args.resolution % factor):
         raise GenpruneError(
             f"--resolution {args.resolution} is no size that {type(pipe).__name__} can draw; expected a multiple of "
             f"{factor}. Pass --resolution {max(1, round(args.resolution / factor)) * factor}."
         )
-    return args.resolution
 
 
 def pixels_of(pipe: Any) -> int:
-    """Side of the square that a pipeline draws by default, in px."""
-    from genprune.families import denoiser
-
-    size = getattr(pipe, "default_sample_size", None) or denoiser(pipe).config.sample_size
-    size = size if isinstance(size, int) else size[0]
-    return size * getattr(pipe, "vae_scale_factor", 1)
+    """Side of the square that a pipeline draws by default, in px. Raises `GenpruneError` where it does not say."""
+    size = getattr(pipe, "default_sample_size", None) or getattr(denoiser(pipe).config, "sample_size", None)
+    if size is None:
+        raise GenpruneError(
+            f"{type(pipe).__name__} does not say what size it draws; expected the side of its pictures in px. Pass "
+            "--resolution 512, say."
+        )
+    return (size if isinstance(size, int) else size[0]) * getattr(pipe, "vae_scale_factor", 1)

@@ -138,6 +138,9 @@ def _linear(model: nn.Module, sites: Sites, call: ModelCall) -> Iterator[Offer]:
     }
     seen = observed(model, places, call)
     for path, site in places.items():
+        # What stays of a removed block is called by the host from outside: the embeddings in DiT's first block.
+        if site.kind == "block" and any(True for _ in site.emptied[0].build(model.get_submodule(path)).parameters()):
+            continue
         settings = linear_settings(site, seen.get(path))
         if settings is not None and _stands(model, path, "linear", settings):
             yield Offer(f"{path}=linear", (path,), {path: ("linear", settings)})

@@ -52,7 +52,7 @@ class Planner:
             return self._unscored(method, keep, seed)
         if method == "finercut":  # its walk stops at the budget that it is given
             if method not in self.scores:
-                self.scores[method] = self._score(gp.FinerCut(keep=min(BUDGETS), of="macs", timesteps=3))
+                self.scores[method] = self._score(gp.FinerCut(keep=min(BUDGETS), of="macs", samples=8, timesteps=2))
             return self.scores[method].plan(keep=keep)
         made = {
             "laptop": lambda: gp.LaptopDiff(of="macs"),

@@ -58,6 +58,8 @@ _LAZY = {
     "LDPruner": "genprune.methods",
     "FinerCut": "genprune.methods",
     "TinyFusion": "genprune.methods",
+    "preset_cards": "genprune.presets",
+    "preset_plan": "genprune.presets",
     "load_pipeline": "genprune.pipelines",
 }
 _SUBPACKAGES = ("bench", "metrics", "miniature", "pipelines", "recovery", "routers")

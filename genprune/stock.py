@@ -24,7 +24,8 @@ def export_stock(target: Any, folder: str | os.PathLike) -> Path:
     """Write a pruned model or pipeline as its stock class: blocks renumbered, genprune not needed.
 
     Whole transformer blocks can be said by a stock configuration in every family, one MLP width for all blocks in
-    timm. `target` itself stays as it is and shares its weights with what is written.
+    timm, and in U-Nets also layers that leave with their skip partners, the middle and the innermost stages. `target`
+    itself stays as it is and shares its weights with what is written.
 
     Args:
         target: a model that was cut, or the pipeline that holds it.
@@ -86,7 +87,8 @@ def stock_export_of(
 
 def _not_stock(family: Family, dense: nn.Module, sites, keep, ops) -> str:
     """The message that names what a stock configuration cannot say."""
-    if ops:
+    # skips and resamplers that leave with their partners can be stock: another operator is to blame first
+    if ops := [op for op in ops if op["with"] not in ("drop_skip", "drop_resampler")] or list(ops):
         return (
             f"no stock {host_name(dense)} configuration says what {len(ops)} operators compute, "
             f"'{ops[0]['with']}' at '{ops[0]['path']}' the first of them. Expected whole layers that went. Save it "

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from genprune.presets.plans import PresetCard, preset_plan, presets
+from genprune.presets.plans import PresetCard, preset_cards, preset_plan
 
-__all__ = ["PresetCard", "preset_plan", "presets"]
+__all__ = ["PresetCard", "preset_plan", "preset_cards"]

@@ -27,7 +27,7 @@ def alternate_blocks(model: nn.Module, sites: Sites, keep: float | None) -> list
     if (found := host_name(model)) not in HOSTS:
         raise UnsupportedModel(
             f"'alternate-layers' is a shape of transformers, and the model is a {found}; expected one of "
-            f"{', '.join(HOSTS)}. Pass a shape such as 'bk-sdm-base' for a U-Net; see genprune.presets.presets()."
+            f"{', '.join(HOSTS)}. Pass a shape such as 'bk-sdm-base' for a U-Net; see gp.preset_cards()."
         )
     removed = []
     for path, indices in _lists(sites).items():

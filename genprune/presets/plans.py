@@ -40,7 +40,7 @@ class PresetCard:
     summary: str
 
 
-def presets() -> tuple[PresetCard, ...]:
+def preset_cards() -> tuple[PresetCard, ...]:
     """The presets by name."""
     cards = [PresetCard(name, each.host_text, each.params, each.summary) for name, each in UNET_SHAPES.items()]
     alternate = "every other transformer block goes, or an even spread of them (`keep=`)"
@@ -62,7 +62,7 @@ def preset_plan(
 
     Args:
         target: a dense model or the pipeline that holds it, on any device; not touched.
-        name: one of `presets()`.
+        name: one of `preset_cards()`.
         keep: for `alternate-layers`: share of the blocks of each list that stays, in (0, 1). Default: every other.
         which: for shapes of SDXL, which transformer blocks stay where some of a wrapper go: `"first"` (default), as
             when the published configuration is loaded with the dense weights, or `"even"`, spread over the wrapper.

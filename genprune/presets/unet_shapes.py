@@ -101,7 +101,7 @@ def check_layout(model: nn.Module, name: str) -> None:
     if found != "UNet2DConditionModel":
         fitting = [] if found == "UNet2DModel" else ["alternate-layers"]
     described = found if layout is None else f"{found} of {layout} transformer blocks"
-    other = f"Its own presets: {', '.join(fitting)}." if fitting else "See genprune.presets.presets()."
+    other = f"Its own presets: {', '.join(fitting)}." if fitting else "See gp.preset_cards()."
     raise UnsupportedModel(
         f"'{name}' is no shape of this {described}; expected a dense {shape.host_text}: {shape.host} transformer "
         f"blocks. {other}"

@@ -81,10 +81,14 @@ def block_lists(model: nn.Module) -> dict[str, int]:
 
 
 def is_removed(module: nn.Module | None) -> bool:
-    """Whether only a tombstone is left of a block; one that holds weights of its own stands for it."""
+    """Whether only a tombstone is left of a block or of all its layers; one that holds weights stands for them."""
     if module is None or isinstance(module, PassThrough):
         return True
-    return isinstance(module, Tombstone) and not any(True for _ in module.parameters())
+    if isinstance(module, Tombstone):
+        return not any(True for _ in module.parameters())
+    parts = ("resnets", "attentions", "downsamplers", "upsamplers")
+    layers = [each for part in parts for each in getattr(module, part, None) or ()]
+    return bool(layers) and all(is_removed(each) for each in layers)
 
 
 def _is_u_shaped(model: nn.Module) -> bool:
@@ -165,12 +169,15 @@ def _same_resolution(student: nn.Module, teacher: nn.Module, ours: str, theirs: 
     output of the last attention there.
     """
     blocks = student.get_submodule(ours), teacher.get_submodule(theirs)
-    for names in (("downsamplers",), ("upsamplers",)):
-        has = [any(getattr(block, name, None) is not None for name in names) for block in blocks]
+    for name in ("downsamplers", "upsamplers"):
+        has = [not all(is_removed(each) for each in getattr(block, name, None) or ()) for block in blocks]
         if has[0] == has[1]:
             continue
         for part, last in (("attentions", ".proj_out"), ("resnets", "")):
-            lists = [getattr(block, part, None) for block in blocks]
-            if all(lists) and not any(is_removed(members[-1]) for members in lists):
-                return tuple(f"{path}.{part}.{len(members) - 1}{last}" for path, members in zip((ours, theirs), lists))
+            left = [
+                [index for index, each in enumerate(getattr(block, part, None) or ()) if not is_removed(each)]
+                for block in blocks
+            ]
+            if all(left):
+                return tuple(f"{path}.{part}.{each[-1]}{last}" for path, each in zip((ours, theirs), left))
     return ours, theirs

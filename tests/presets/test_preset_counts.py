@@ -10,7 +10,7 @@ from preset_hosts import COUNTS
 from stock_configs import SD15, SDXL
 
 import genprune as gp
-from genprune.presets import preset_plan, presets
+from genprune.presets import preset_cards, preset_plan
 from genprune.stock import stock_export_of
 
 DENSE = {"sd": (859_520_964, 401_636_720_640), "sdxl": (2_567_463_684, 3_380_618_199_040)}
@@ -47,7 +47,7 @@ def test_published_counts(name):
 
 
 def test_cards():
-    cards = {card.name: card for card in presets()}
+    cards = {card.name: card for card in preset_cards()}
     assert {name: card.params for name, card in cards.items()} == {
         **{name: params for name, (params, _) in COUNTS.items()},
         "alternate-layers": None,

@@ -17,7 +17,7 @@ from genprune.presets import preset_plan
     [
         (lambda: dense("sd"), "koala-1b", r"of down \[1 1\].*expected a dense SDXL U-Net.*presets: bk-sdm-base, "),
         (lambda: dense("sdxl"), "bk-sdm-tiny", r"expected a dense Stable Diffusion 1.x / 2.x U-Net.*koala-1b"),
-        (sd_unet, "bk-sdm-base", r"no shape of this UNet2DConditionModel of down \[1\] \[0\].*presets\.presets\(\)"),
+        (sd_unet, "bk-sdm-base", r"no shape of this UNet2DConditionModel of down \[1\] \[0\].*gp\.preset_cards\(\)"),
         (ddpm_unet, "bk-sdm-base", r"no shape of this UNet2DModel; expected a dense Stable Diffusion"),
         (dit, "vega", r"no shape of this DiTTransformer2DModel.*Its own presets: alternate-layers"),
         (lambda: sd_unet(**SD | {"layers_per_block": 1}), "bk-sdm-small", r"expected a dense.*down \[1 1\] \[1 1\]"),

@@ -92,3 +92,12 @@ def test_features_of_a_cut_model_pair_with_themselves(name):
     teacher = dense("sd")
     student = gp.cut(copy.deepcopy(teacher), preset_plan(teacher, name))
     assert feature_pairs(student, teacher) == [(path, path) for path in OUTER]
+
+
+def test_features_of_a_cut_tiny_pair_with_what_is_left():
+    """The innermost stage stands as tombstones, the last downsampler of the stage before is gone."""
+    teacher = dense("sd")
+    student = gp.cut(copy.deepcopy(teacher), preset_plan(teacher, "bk-sdm-tiny"))
+    own = [("down_blocks.0",) * 2, ("down_blocks.1",) * 2]
+    own += [("down_blocks.2.attentions.0.proj_out", "down_blocks.2.attentions.1.proj_out")]
+    assert feature_pairs(student, teacher) == [*own, *((f"up_blocks.{index}",) * 2 for index in (1, 2, 3))]

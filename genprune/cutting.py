@@ -262,7 +262,8 @@ def cut(target, plan: PruningPlan | str | os.PathLike):
             put(model, op["path"], operator_of(op, plan.tensors, model.get_submodule(op["path"])))
         model._genprune_plan = joined
         model._genprune_widths = widths
-        model._genprune_ops = pruned_ops(model) + tuple(no_values(ops))
+        # All of them, as in the joined plan: loading leaves those inside removed parts out again.
+        model._genprune_ops = pruned_ops(model) + tuple(no_values(plan.ops))
         saving.adopt_(model)
         if (slot := denoiser_slot(target)) is not None:
             target.register_modules(**{slot: model})

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from genprune.cut_guards import as_plan
 from genprune.errors import PlanMismatch
 from genprune.families import denoiser, find_sites
-from genprune.operations import OperatorOutput, check_form, effective_ops, operator_of
+from genprune.operations import OperatorOutput, check_form, check_path, effective_ops, operator_of
 from genprune.operators import beside
 from genprune.plan import PruningPlan
 from genprune.replacements import ScatteredLinear
@@ -205,6 +205,7 @@ def attach_gates(
         gates = {name: mask.float() for name, mask in plan.keep.items()}
         check_form(plan.ops)
         for op in effective_ops(plan.ops, sites, {name: plan.keep[name] for name in plan.keep if name in sites}):
+            check_path(op, dict(model.named_modules()), type(model).__name__)
             removed = model.get_submodule(op["path"])
             operators[op["path"]] = OperatorOutput(beside(operator_of(op, plan.tensors, removed), removed, model))
     held = {name: Gate(sites[name], _checked(sites[name], value)) for name, value in gates.items()}

@@ -93,12 +93,17 @@ def check_ops(meta: nn.Module, ops: Iterable[Mapping[str, Any]], tensors: Mappin
     """
     paths = dict(meta.named_modules())
     for op in ops:
-        if op["path"] not in paths:
-            raise PlanMismatch(
-                f"the plan puts '{op['with']}' at '{op['path']}', which is no module of this {type(meta).__name__}"
-                f"{nearest(op['path'], paths)}. Make a plan for this model."
-            )
+        check_path(op, paths, type(meta).__name__)
         put(meta, op["path"], operator_of(op, tensors, meta.get_submodule(op["path"])))
+
+
+def check_path(op: Mapping[str, Any], paths: Iterable[str], host: str) -> None:
+    """Refuse an operation whose place is none of these module paths. Raises `PlanMismatch`."""
+    if op["path"] not in paths:
+        raise PlanMismatch(
+            f"the plan puts '{op['with']}' at '{op['path']}', which is no module of this {host}"
+            f"{nearest(op['path'], paths)}. Make a plan for this model."
+        )
 
 
 def put(model: nn.Module, path: str, module: nn.Module) -> None:

@@ -38,7 +38,6 @@ class OutputLoss:
             )
         self.model, self.sites, self.calls, self.distance = model, sites, calls, distance
         self.progress = progress
-        self.total = sum(call.weight for call in calls)
         self._dense: list[Tensor] | None = None
 
     @torch.no_grad()
@@ -77,30 +76,34 @@ class OutputLoss:
         sums = dict.fromkeys((c.name for c in candidates), 0.0)
         references = self.dense() if base or self._dense is not None else None
         found: list[Tensor] = []
+        total = 0.0
         for index, call in enumerate(shown(self.calls, what, self.progress)):
             inputs = self._inputs(call)
             outputs = changed_outputs(self.model, inputs, whole, base=under)
             unchanged = _wide(next(outputs)[1])
             dense = unchanged if references is None else references[index]
             found.append(dense)
+            weight = _weight(call, dense)
+            total += weight
             for name, output in outputs:
-                sums[name] += call.weight * self._mean(output, dense, name)
+                sums[name] += weight * self._mean(output, dense, name)
             for candidate in gated:
                 with applied(self.model, self.sites, [*base, candidate]):
                     output = next(changed_outputs(self.model, inputs, {}))[1]
-                sums[candidate.name] += call.weight * self._mean(output, dense, candidate.name)
+                sums[candidate.name] += weight * self._mean(output, dense, candidate.name)
         self._dense = found if references is None else references
-        return {name: value / self.total for name, value in sums.items()}
+        return {name: value / total for name, value in sums.items()}
 
     @torch.no_grad()
     def joint(self, candidates: Sequence[Candidate]) -> float:
         """The mean distance to the dense output with all of these applied at once."""
-        dense, total = self.dense(), 0.0
+        dense, lost, total = self.dense(), 0.0, 0.0
         with applied(self.model, self.sites, candidates):
             for call, reference in zip(self.calls, dense):
                 output = next(changed_outputs(self.model, self._inputs(call), {}))[1]
-                total += call.weight * self._mean(output, reference, "the joint change")
-        return total / self.total
+                lost += _weight(call, reference) * self._mean(output, reference, "the joint change")
+                total += _weight(call, reference)
+        return lost / total
 
     def _mean(self, output: Tensor, dense: Tensor, name: str) -> float:
         value = float(self.distance(_wide(output), dense).double().mean())
@@ -110,6 +113,11 @@ class OutputLoss:
                 "that the calibration inputs are finite."
             )
         return value
+
+
+def _weight(call: ModelCall, output: Tensor) -> float:
+    """Of all rows of a call together: the last batch may be a smaller one."""
+    return call.weight * output.shape[0]
 
 
 def _gated(candidate: Candidate) -> bool:

@@ -19,6 +19,8 @@ from genprune.plan import PlanBase, PruningPlan
 from genprune.sites import effective_keep
 
 TOLERANCE = 0.005  # of the dense model: the miss that is never an error
+# What a plan may change of the method that scored: the rest is in the losses already.
+PLANNED = ("keep", "of", "also", "kinds", "protect", "protect_first", "max_consecutive", "n_of_m")
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,11 @@ class LayerScores:
         """
         given = {name: value for name, value in {"keep": keep, "of": of}.items() if value is not None} | changes
         method = self.method.changed(**given)
+        if fixed := [n for n in given if n not in PLANNED and getattr(method, n) != getattr(self.method, n)]:
+            raise GenpruneError(
+                f"{fixed[0]}={given[fixed[0]]!r} changes how layers are scored, and these were scored with "
+                f"{getattr(self.method, fixed[0])!r}; expected some of {', '.join(PLANNED)}. Score again with it."
+            )
         sites = self.costs.sites
         candidates = method.eligible(self.candidates.values(), sites, self.base.host)
         chosen = self._greedy(method, candidates) if self.order is not None else self._exact(method, candidates)
@@ -105,8 +112,8 @@ class LayerScores:
         smallest = min((c.saves[method.of] / dense for c in candidates if c.saves[method.of] > 0), default=0.0)
         half = max(TOLERANCE, smallest / 2)
         unreachable = None
-        # Within the tolerance; within half the smallest layer; else the cheapest set that saves enough.
-        for under, over in ((TOLERANCE, TOLERANCE), (half, half), (TOLERANCE, smallest), (TOLERANCE, float("inf"))):
+        # Within the tolerance or half the smallest layer; else the cheapest set that saves enough.
+        for under, over in ((half, half), (TOLERANCE, smallest), (TOLERANCE, float("inf"))):
             problem = Knapsack(losses, self._demands(method, candidates, under, over), rules)
             try:
                 return [candidates[index] for index in problem.solve()]
@@ -115,15 +122,21 @@ class LayerScores:
         raise unreachable
 
     def _greedy(self, method, candidates: list[Candidate]) -> list[Candidate]:
-        """The order's layers, one after the other, those that would overshoot left out."""
+        """The order's layers, one after the other, those that would overshoot left out unless another budget asks."""
+        if method.n_of_m is not None:
+            raise GenpruneError(
+                f"n_of_m={method.n_of_m} fixes how many blocks of a group go, which a greedy order cannot hold to; "
+                "expected None. Score again with n_of_m or selection='knapsack', or pass max_consecutive."
+            )
+        self._demands(method, candidates, TOLERANCE, float("inf"))  # refuses more than the model has
         rules = limits(candidates, self.costs.sites, method.neighbours(self.base.host))
         names = [candidate.name for candidate in candidates]
         by_name = {candidate.name: candidate for candidate in candidates}
-        dense, now = self._total(method.of)
+        dense, _ = self._total(method.of)
         taken: list[Candidate] = []
 
         def left(chosen: Sequence[Candidate]) -> float:
-            return (now - sum(candidate.saves[method.of] for candidate in chosen)) / dense
+            return self._reached(method.of, chosen)
 
         for removal in self.order:
             if removal.name not in by_name:
@@ -146,6 +159,23 @@ class LayerScores:
                 f"{method.keep:g}. Score again with keep={method.keep:g}: the walk stops at the budget that it is "
                 "given."
             )
+        return self._further(method, taken, by_name, rules, names)
+
+    def _further(self, method, taken: list[Candidate], by_name: Mapping[str, Candidate], rules, names):
+        """More of the order, until the budgets beside the main one are met as well."""
+        for quantity, keep in dict(method.also).items():
+            for removal in self.order:
+                if self._reached(quantity, taken) <= keep + TOLERANCE:
+                    break
+                after = merged(taken, by_name[removal.name]) if removal.name in by_name else taken
+                if self._reached(quantity, after) < self._reached(quantity, taken) and allowed(after, rules, names):
+                    taken = after
+            if (reached := self._reached(quantity, taken)) > keep + TOLERANCE:
+                raise BudgetUnreachable(
+                    f"the greedy order of {len(self.order)} layers ends at {reached:.3f} of {quantity}; asked for "
+                    f"{keep:g}. Score again with also=(('{quantity}', {keep:g}),): the walk stops at the budgets that "
+                    "it is given."
+                )
         return taken
 
     def _plan_of(self, method, chosen: Sequence[Candidate]) -> PruningPlan:

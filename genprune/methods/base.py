@@ -114,7 +114,7 @@ class Method:
     def to_json(self) -> dict[str, Any]:
         """Plain JSON data; `method_from_json` reads it."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        values = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+        values = {name: _listed(value) for name, value in values.items()}
         return {"format_version": FORMAT_VERSION, "method": self.name, **values}
 
 
@@ -188,6 +188,11 @@ class UnitMethod(Method):
             max_width_classes=self.max_width_classes,
             protect=self.protect,
         )
+
+
+def _listed(value: Any) -> Any:
+    """Tuples as lists, at every depth, as JSON reads them back."""
+    return [_listed(item) for item in value] if isinstance(value, (tuple, list)) else value
 
 
 def check_range(name: str, value: Any, low: float, high: float) -> None:

@@ -195,7 +195,8 @@ class LaptopDiff(LayerMethod):
 
     Args:
         distance: `output_mse` (published), `l2`, `angular`, or `js` for classifiers.
-        selection: `knapsack`, `greedy` (score again after each removal), or `auto`: greedy where additivity fails.
+        selection: `knapsack`, `greedy` (score again after each removal), or `auto`: greedy where additivity fails
+            (with `n_of_m` never: a greedy walk cannot hold to it).
         additivity_sets: random sets that it is measured on, >= 2; 0 leaves it out.
         min_correlation: additivity fails below this rank correlation, in [-1, 1].
 
@@ -219,6 +220,11 @@ class LaptopDiff(LayerMethod):
         check_whole("additivity_sets", self.additivity_sets, 0)
         if self.additivity_sets == 1:
             raise GenpruneError("additivity_sets=1; expected 0, or 2 and more: one set has no correlation.")
+        if self.n_of_m is not None and self.selection == "greedy":
+            raise GenpruneError(
+                f"n_of_m={self.n_of_m} fixes how many blocks of a group go, which a greedy walk cannot hold to; "
+                "expected None. Pass selection='knapsack', or max_consecutive."
+            )
         check_range("min_correlation", self.min_correlation, -1, 1)
 
     def scored(self, context: ScoringContext) -> LayerScores:
@@ -229,7 +235,7 @@ class LaptopDiff(LayerMethod):
         losses = loss.alone(candidates)
         report = self._additivity(context, loss, candidates, losses)
         fails = report is not None and not report.spearman >= self.min_correlation
-        greedy = self.selection == "greedy" or (self.selection == AUTO and fails)
+        greedy = self.selection == "greedy" or (self.selection == AUTO and fails and self.n_of_m is None)
         order = self.walk(context, loss, candidates, dense_latency) if greedy else None
         return LayerScores(
             losses=losses,

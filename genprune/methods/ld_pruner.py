@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from genprune.cutting import plan_base
 from genprune.denoising.capture import checked_prompts
-from genprune.errors import BadCalibrationData, GenpruneError
+from genprune.errors import BadCalibrationData, GenpruneError, NoMatchingSites
 from genprune.families import denoiser, denoiser_slot
 from genprune.layers.additivity import additivity
 from genprune.layers.distances import squared_error
@@ -90,6 +90,11 @@ class LDPruner(LayerMethod):
             point = context.dense.operating_point
             found = operator_candidates(model, sites, context.costs, offered, calls, point, context.progress)
             candidates += self.eligible(found, sites, plan_base(model, sites).host) if found else []
+        if not candidates:
+            raise NoMatchingSites(
+                f"nothing of menu={self.menu} fits a layer of this {type(model).__name__} and saves something; "
+                f"expected some entry that does. Pass others, such as menu={MENU}."
+            )
         candidates, dense_latency, notes = self.timed(context, candidates)
         single = OutputLoss(model, sites, calls, squared_error, context.progress)
         if self.criterion == "output_mse":

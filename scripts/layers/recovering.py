@@ -74,8 +74,7 @@ class Recoverer:
             mixed_precision="bf16",
             teacher_guidance=options.pop("guidance_scale", None),
         )
-        for name, value in changes.items():
-            method = gp.recovery.NormalizedDistillation(**{**_fields(method), name: value})
+        method = method.changed(**changes)
         points: dict[float, dict] = {}
 
         def validation(step: int, target: Any) -> dict:
@@ -111,7 +110,3 @@ class Recoverer:
                 file.unlink()
             checkpoint.rmdir()
         return points, curve
-
-
-def _fields(method) -> dict[str, Any]:
-    return {name: getattr(method, name) for name in method.__dataclass_fields__}

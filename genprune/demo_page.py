@@ -79,11 +79,17 @@ def _recovery(result: dict[str, Any], grades: dict[str, float]) -> str:
     likeness = (
         "" if None in psnr else f", and likeness to the dense model's pictures from {psnr[0]:.1f} to {psnr[1]:.1f} dB"
     )
+    worse = grades["recovered"] < grades["taylor"] or (None not in psnr and psnr[1] < psnr[0])
+    ending = (
+        "So brief a training did not help here: a cut that does little damage leaves nothing to win back, and the first "
+        "steps move the model."
+        if worse
+        else "So brief a training is a start; `genprune recover` goes on."
+    )
     return (
         f"That was the cut alone. The row 'recovered' is the same smaller model after {recovery['seconds']:.0f} "
         f"seconds of training against the dense one, on {recovery['rows']:,} scenes that no picture here comes from: "
-        f"what the grader finds goes from {grades['taylor']:.0%} to {grades['recovered']:.0%}{likeness}. So brief a "
-        f"training is a start; `genprune recover` goes on."
+        f"what the grader finds goes from {grades['taylor']:.0%} to {grades['recovered']:.0%}{likeness}. {ending}"
     )
 
 

@@ -81,8 +81,8 @@ def _recovery(result: dict[str, Any], grades: dict[str, float]) -> str:
     )
     worse = grades["recovered"] < grades["taylor"] or (None not in psnr and psnr[1] < psnr[0])
     ending = (
-        "So brief a training did not help here: a cut that does little damage leaves nothing to win back, and the first "
-        "steps move the model."
+        "So brief a training did not help here: a cut that does little damage leaves nothing to win back, and the "
+        "first steps move the model."
         if worse
         else "So brief a training is a start; `genprune recover` goes on."
     )

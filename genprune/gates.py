@@ -193,9 +193,11 @@ def attach_gates(
     Returns:
         A `GateHandle`; also a context manager.
 
+    Operators are in the dtype and on the device that their place has now: attach them after `.to()`.
+
     Raises:
-        NoMatchingSites: a name is no site of the model. PlanMismatch: a gate has the wrong shape or dtype, or
-        `gates` is neither gates nor a plan.
+        NoMatchingSites: a name is no site of the model. PlanMismatch: a gate has the wrong shape or dtype, `gates` is
+        neither gates nor a plan, or an operator of a joined plan stands at a layer that the plan narrows first.
     """
     model = denoiser(target)
     sites = find_sites(model) if sites is None else sites
@@ -203,11 +205,7 @@ def attach_gates(
     if not isinstance(gates, Mapping):
         plan = as_plan(gates)
         gates = {name: mask.float() for name, mask in plan.keep.items()}
-        check_form(plan.ops)
-        for op in effective_ops(plan.ops, sites, {name: plan.keep[name] for name in plan.keep if name in sites}):
-            check_path(op, dict(model.named_modules()), type(model).__name__)
-            removed = model.get_submodule(op["path"])
-            operators[op["path"]] = OperatorOutput(beside(operator_of(op, plan.tensors, removed), removed, model))
+        operators = _operator_outputs(model, sites, plan)
     held = {name: Gate(sites[name], _checked(sites[name], value)) for name, value in gates.items()}
     hooks = []
     try:
@@ -221,6 +219,26 @@ def attach_gates(
             hook.remove()
         raise
     return GateHandle(model, held, hooks)
+
+
+def _operator_outputs(model: nn.Module, sites: Sites, plan: PruningPlan) -> dict[str, OperatorOutput]:
+    """Module path -> what returns the output of the plan's operator there. Raises `PlanMismatch`."""
+    check_form(plan.ops)
+    keep = {name: mask for name, mask in plan.keep.items() if name in sites}
+    partly = {name: mask for name, mask in keep.items() if mask.any() and not mask.all()}
+    narrowed = {piece.module for name in partly for piece in sites[name].slices}
+    found, paths = {}, dict(model.named_modules())
+    for op in effective_ops(plan.ops, sites, keep):
+        path = op["path"]
+        check_path(op, paths, type(model).__name__)
+        if path in narrowed:
+            raise PlanMismatch(
+                f"the plan narrows '{path}' and then puts '{op['with']}' there, fitted on the narrow layer; expected "
+                "an operator of the layer as it is here. Cut a copy instead: gp.cut(copy.deepcopy(model), plan)."
+            )
+        removed = model.get_submodule(path)
+        found[path] = OperatorOutput(beside(operator_of(op, plan.tensors, removed), removed, model))
+    return found
 
 
 def gated_sites(model: nn.Module) -> list[str]:

@@ -257,8 +257,9 @@ class PruningPlan:
                 lines.append("  latency    not measured (make_plan(..., measure_latency=True) measures it)")
         if "additivity" in self.made_by:
             found = self.made_by["additivity"]
+            told = {key: "undefined" if found[key] is None else f"{found[key]:.3f}" for key in ("pearson", "spearman")}
             lines.append(
-                f"  additivity Pearson {found['pearson']:.3f}, Spearman {found['spearman']:.3f} over "
+                f"  additivity Pearson {told['pearson']}, Spearman {told['spearman']} over "
                 f"{len(found['true'])} random sets; layers chosen by {self.made_by.get('selection', 'knapsack')}"
             )
         if "budget" in self.made_by:

@@ -164,6 +164,8 @@ def _within_latency(model: nn.Module, scored: LayerScores) -> PruningPlan:
     noted = dict(plan.made_by)
     if scored.method.of == "latency":
         noted["budget"] = {**noted["budget"], "reached": share}
+    else:
+        noted["budgets"] = {**noted["budgets"], "latency": {"keep": keep, "reached": share}}
     return dataclasses.replace(plan, made_by=noted)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -39,7 +40,8 @@ class Additivity:
     def to_json(self) -> dict[str, Any]:
         # lists, as JSON reads them back: a plan equals itself on disk
         measured = {name: list(values) for name, values in asdict(self).items()}
-        return measured | {"pearson": self.pearson, "spearman": self.spearman}
+        found = {"pearson": self.pearson, "spearman": self.spearman}
+        return measured | {name: None if math.isnan(value) else value for name, value in found.items()}
 
     def __str__(self) -> str:
         return (

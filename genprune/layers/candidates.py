@@ -145,9 +145,7 @@ def families_of_children(candidates: Sequence[Candidate], sites: Sites) -> list[
         if site.kind in DEPTH_KINDS and site.parent in removed:
             children.setdefault(site.parent, []).append(name)
     return [
-        tuple(removed[name] for name in names)
-        for names in children.values()
-        if all(name in removed for name in names)
+        tuple(removed[name] for name in names) for names in children.values() if all(name in removed for name in names)
     ]
 
 

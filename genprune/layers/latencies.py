@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -65,27 +65,24 @@ def with_latencies(
     paths = [*(path for found in modules.values() for path in found), *(p for n in narrowed.values() for p, _ in n)]
     paths = list(dict.fromkeys(paths))
     whole: list[float] = []
-    for index in range(WARM_UP + rounds):
-        synchronize(parameter.device)
-        start = time.perf_counter()
-        model(**inputs)
-        synchronize(parameter.device)
-        if index >= WARM_UP:
-            whole.append(time.perf_counter() - start)
-    spent: dict[str, list[float]] = {path: [] for path in paths}
+    shares: dict[str, list[float]] = {path: [] for path in paths}  # of the call that they were timed in
     given: dict[str, Any] = {}
-    for index in range(1 + rounds):
+    for index in range(WARM_UP + rounds):
+        plain = _seconds(lambda: model(**inputs), parameter.device)
         timers = {path: _Timer(model.get_submodule(path), parameter.device) for path in paths}
         try:
-            model(**inputs)
+            watched = _seconds(lambda: model(**inputs), parameter.device)
         finally:
             for timer in timers.values():
                 timer.remove()
         for path, timer in timers.items():
             given[path] = timer.inputs
-            if index:
-                spent[path].append(timer.spent)
-    takes = {path: statistics.median(times) for path, times in spent.items()}
+            if index >= WARM_UP:
+                shares[path].append(timer.spent / watched)
+        if index >= WARM_UP:
+            whole.append(plain)
+    # a share of its own call stays right on a machine whose speed changes from call to call
+    takes = {path: statistics.median(values) * statistics.median(whole) for path, values in shares.items()}
     timed = []
     for candidate in candidates:
         saved = sum(
@@ -102,12 +99,13 @@ def _own_time(stand_in: nn.Module, given: tuple[tuple, dict] | None, device: tor
     if given is None or not any(True for _ in stand_in.parameters()):
         return 0.0
     args, kwargs = given
-    times = []
-    for index in range(WARM_UP + rounds):
-        synchronize(device)
-        start = time.perf_counter()
-        stand_in(*args, **kwargs)
-        synchronize(device)
-        if index >= WARM_UP:
-            times.append(time.perf_counter() - start)
-    return statistics.median(times)
+    times = [_seconds(lambda: stand_in(*args, **kwargs), device) for _ in range(WARM_UP + rounds)]
+    return statistics.median(times[WARM_UP:])
+
+
+def _seconds(call: Callable[[], Any], device: torch.device) -> float:
+    synchronize(device)
+    start = time.perf_counter()
+    call()
+    synchronize(device)
+    return time.perf_counter() - start

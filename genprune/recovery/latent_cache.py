@@ -46,7 +46,8 @@ def save_latents(
     check_replaceable(folder, STATE, "teacher data")
     with whole_folder(folder) as written:
         # views of one batch share memory, which safetensors does not write
-        save_file({name: value.detach().cpu().clone() for name, value in tensors.items()}, written / TENSORS)
+        plain = {"memory_format": torch.contiguous_format}
+        save_file({name: value.detach().cpu().clone(**plain) for name, value in tensors.items()}, written / TENSORS)
         (written / STATE).write_text(json.dumps(state))
 
 

@@ -90,7 +90,7 @@ def _table(part: dict) -> list[str]:
 def _notes(part: dict) -> list[str]:
     lines = []
     for slug, notes in part["plans"].items():
-        if "additivity" in notes:
+        if notes.get("additivity", {}).get("pearson") is not None:
             found = notes["additivity"]
             lines.append(
                 f"`{slug}`: additivity over {len(found['true'])} random sets: Pearson {found['pearson']:.3f}, "

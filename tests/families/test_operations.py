@@ -166,6 +166,26 @@ def test_composition():
 
 
 @torch.no_grad()
+def test_an_operator_of_a_narrowed_layer_has_no_gate():
+    dense = _unet_run()
+    at = next(path for path, _ in dense.model.named_modules() if path.endswith("attn1.to_q"))
+    heads = f"{at.removesuffix('.to_q')}:heads"
+    mask = torch.ones(dense.sites[heads].size, dtype=torch.bool)
+    mask[0] = False
+    model = gp.cut(dense.copy(), gp.PruningPlan(plan_base(dense.model), {heads: mask}))
+    operator = OPERATORS["low_rank"].from_weights(model.get_submodule(at), {"rank": 2})
+    plan = gp.PruningPlan(
+        plan_base(dense.model),
+        {heads: mask},
+        ops=(replace_op(at, "low_rank", {"rank": 2}),),
+        tensors=operation_tensors(at, operator),
+    )
+    with pytest.raises(gp.PlanMismatch, match="narrows .* and then puts 'low_rank' there.*Cut a copy"):
+        gp.attach_gates(dense.model, plan)
+    assert torch.equal(run(dense.model, dense.inputs), dense.output)
+
+
+@torch.no_grad()
 def test_an_operator_inside_a_removed_block_is_moot():
     dense = _unet_run()
     block = next(name for name, site in dense.sites.items() if site.kind == "block")

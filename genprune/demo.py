@@ -16,6 +16,7 @@ from genprune.model_source import MINIATURE, miniature_folder
 from genprune.prune_run import check_free, disk_errors
 
 PRUNED, RECOVERED, BASELINES = "taylor", "recovered", ("magnitude", "random")
+DAMAGED = "random"  # the plan that is recovered: Taylor's leaves next to nothing to win back
 
 
 @dataclass(frozen=True)
@@ -70,8 +71,8 @@ def run_demo(
 ) -> dict[str, Any]:
     """Plan, cut, recover, save, reload, draw, measure and report; `out` appears whole at the end, or not at all.
 
-    Writes `report.html`, `result.json`, the pruned pipeline in `pipeline/`, the same after a brief recovery in
-    `recovered/`, its plan in `plan/`, the baselines' plans in `baselines/` and every picture in `images/`.
+    Writes `report.html`, `result.json`, the pruned pipeline in `pipeline/`, the plan at random after a brief
+    recovery in `recovered/`, its plan in `plan/`, the baselines' plans in `baselines/` and every picture in `images/`.
 
     Args:
         out: must not exist, or be empty; with `force` an earlier result is replaced.
@@ -139,8 +140,10 @@ def _chain(stage: Path, settings: DemoSettings, progress: bool, say: Callable[[s
     say("Cutting, saving, and loading the result again")
     gp.cut(pipe, plans[PRUNED])
     exact = _saved_exactly(pipe, stage / "pipeline")
-    recovery = _recover(pipe, settings, progress, say)
-    exact = _saved_exactly(pipe, stage / "recovered") and exact
+    damaged = gp.miniature.load_pipeline()
+    damaged.set_progress_bar_config(disable=True)
+    recovery = _recover(gp.cut(damaged, plans[DAMAGED]), settings, progress, say)
+    exact = _saved_exactly(damaged, stage / "recovered") and exact
     return {
         "plans": {name: plan.to_json() for name, plan in plans.items()},
         "recovery": recovery,
@@ -157,7 +160,7 @@ def _recover(pipe: Any, settings: DemoSettings, progress: bool, say: Callable[[s
 
     steps, batch_size = settings.recovery_steps, settings.recovery_batch
     rows = steps * batch_size
-    say(f"Recovering: {steps} steps of {batch_size} train scenes")
+    say(f"Recovering what the plan at random left: {steps} steps of {batch_size} train scenes")
     method = default_method(open_source(MINIATURE), steps=steps, batch_size=batch_size, seed=settings.seed)
     data = miniature_data(rows, settings.seed)
     teacher = gp.miniature.load_pipeline()

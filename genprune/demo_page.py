@@ -75,21 +75,20 @@ def _damage(result: dict[str, Any]) -> str:
 def _recovery(result: dict[str, Any], grades: dict[str, float]) -> str:
     """What the brief training after the cut did, better or worse."""
     figures, recovery = result["figures"], result["demo"]["recovery"]
-    psnr = [figures.get(f"PSNR to dense (dB)/{name}") for name in ("taylor", "recovered")]
+    psnr = [figures.get(f"PSNR to dense (dB)/{name}") for name in ("random", "recovered")]
     likeness = (
         "" if None in psnr else f", and likeness to the dense model's pictures from {psnr[0]:.1f} to {psnr[1]:.1f} dB"
     )
-    worse = grades["recovered"] < grades["taylor"] or (None not in psnr and psnr[1] < psnr[0])
+    worse = grades["recovered"] < grades["random"] or (None not in psnr and psnr[1] < psnr[0])
     ending = (
-        "So brief a training did not help here: a cut that does little damage leaves nothing to win back, and the "
-        "first steps move the model."
+        "So brief a training did not help here: the first steps move the model."
         if worse
         else "So brief a training is a start; `genprune recover` goes on."
     )
     return (
-        f"That was the cut alone. The row 'recovered' is the same smaller model after {recovery['seconds']:.0f} "
+        f"That was the cut alone. The row 'recovered' is the model that was cut at random after {recovery['seconds']:.0f} "
         f"seconds of training against the dense one, on {recovery['rows']:,} scenes that no picture here comes from: "
-        f"what the grader finds goes from {grades['taylor']:.0%} to {grades['recovered']:.0%}{likeness}. {ending}"
+        f"what the grader finds goes from {grades['random']:.0%} to {grades['recovered']:.0%}{likeness}. {ending}"
     )
 
 
@@ -123,8 +122,8 @@ def overview(result: dict[str, Any]) -> Table:
     note = (
         "caption: share of what it says that the grader finds. KID: distance to real scenes. PSNR: likeness to the "
         "dense model's picture. memory: peak of a process, its libraries included. The last rows are no models: they "
-        "show what each measure gives for pictures that ignore the caption. taylor: the cut alone. recovered: the "
-        f"same cut, then {result['demo']['recovery_steps']} steps of training."
+        "show what each measure gives for pictures that ignore the caption. recovered: the cut at "
+        f"random, then {result['demo']['recovery_steps']} steps of training."
     )
     if floor is not None:
         note += f" Two sets of real pictures have a KID of {floor:.4f}: that is its zero."

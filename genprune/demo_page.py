@@ -86,8 +86,8 @@ def _recovery(result: dict[str, Any], grades: dict[str, float]) -> str:
         else "So brief a training is a start; `genprune recover` goes on."
     )
     return (
-        f"That was the cut alone. The row 'recovered' is the model that was cut at random after {recovery['seconds']:.0f} "
-        f"seconds of training against the dense one, on {recovery['rows']:,} scenes that no picture here comes from: "
+        f"That was the cut alone. The row 'recovered' is the model that was cut at random after "
+        f"{recovery['seconds']:.0f} seconds of training against the dense one, on {recovery['rows']:,} scenes that no picture here comes from: "
         f"what the grader finds goes from {grades['random']:.0%} to {grades['recovered']:.0%}{likeness}. {ending}"
     )
 

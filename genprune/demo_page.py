@@ -87,8 +87,9 @@ def _recovery(result: dict[str, Any], grades: dict[str, float]) -> str:
     )
     return (
         f"That was the cut alone. The row 'recovered' is the model that was cut at random after "
-        f"{recovery['seconds']:.0f} seconds of training against the dense one, on {recovery['rows']:,} scenes that no picture here comes from: "
-        f"what the grader finds goes from {grades['random']:.0%} to {grades['recovered']:.0%}{likeness}. {ending}"
+        f"{recovery['seconds']:.0f} seconds of training against the dense one, on {recovery['rows']:,} scenes that no "
+        f"picture here comes from: what the grader finds goes from {grades['random']:.0%} to "
+        f"{grades['recovered']:.0%}{likeness}. {ending}"
     )
 
 

@@ -176,7 +176,7 @@ def test_bad_json_is_refused():
     [
         ({"keep": 0}, r"keep=0 is not a share of the dense model; expected a number in \(0, 1\]"),
         ({"keep": 2}, r"keep=2 is not a share"),
-        ({"of": "latency"}, "of='latency' is no budget that genprune can plan for yet"),
+        ({"of": "latency"}, "of='latency' is a budget of methods that remove layers"),
         ({"allocation": "unifrom"}, "allocation='unifrom', nearest name: 'uniform'"),
         ({"min_keep": 1.5}, "min_keep=1.5; expected a number from 0 to 1"),
         ({"round_to": 0}, "round_to=0; expected a whole number of at least 1"),

@@ -209,10 +209,11 @@ def test_equality_sees_masks_and_tensors(plan: PruningPlan):
 
 
 def test_a_plan_prints_what_goes_and_what_it_costs(plan: PruningPlan):
-    assert str(plan).splitlines()[:4] == [
+    assert str(plan).splitlines()[:5] == [
         "PruningPlan for UNet2DConditionModel",
         "  heads            1 of 4 units go, at 1 sites",
         "  neurons          4 of 6 units go, at 1 sites",
+        "  operators        1 x fold_bias",
         "  params     70 of 100 (70.0%)",
     ]
 

@@ -50,6 +50,7 @@ def result() -> dict:
     }
     vit = {
         "dense_accuracy": 0.88,
+        "test_images": 100,
         "rows": {
             "laptop@0.5": {
                 "method": "laptop",

@@ -109,7 +109,7 @@ def _notes(part: dict) -> list[str]:
 
 def _vit(found: dict) -> list[str]:
     lines = [
-        f"Dense accuracy {found['dense_accuracy']:.1%} on the 10,000 test pictures.",
+        f"Dense accuracy {found['dense_accuracy']:.1%} on {found['test_images']:,} test pictures.",
         "",
         "| kept MACs | method | params | " + " | ".join(HEADS) + " |",
         "|---|---|---:|" + "---:|" * len(HEADS),

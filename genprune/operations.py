@@ -129,11 +129,6 @@ class OperatorOutput:
         return self.operator(*inputs, **kwargs)
 
 
-def operator_paths(model: nn.Module) -> list[str]:
-    """Where operators stand in a model."""
-    return [path for path, module in model.named_modules() if isinstance(module, Operator)]
-
-
 def no_values(ops: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Operations as a configuration holds them: plain data, their values being among the weights."""
     return [{**op, "settings": dict(op["settings"])} for op in ops]

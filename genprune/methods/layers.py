@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -12,13 +12,14 @@ from genprune.cutting import plan_base
 from genprune.denoising.capture import check_not_settings
 from genprune.denoising.replay import ModelCall, recorded_calls
 from genprune.errors import GenpruneError
-from genprune.families import denoiser, family_named
+from genprune.families import denoiser, family_named, host_name
 from genprune.layers.additivity import Additivity, additivity
 from genprune.layers.candidates import DEPTH_KINDS, Candidate, removal_candidates
 from genprune.layers.constraints import allowed, eligible, limits
 from genprune.layers.distances import distance_named
 from genprune.layers.greedy import Removal, greedy_order
 from genprune.layers.latencies import with_latencies
+from genprune.layers.latent_stats import LatentStatistics
 from genprune.layers.output_loss import OutputLoss
 from genprune.layers.scores import LayerScores
 from genprune.methods.base import Method, ScoringContext, check_range, check_whole
@@ -143,7 +144,7 @@ class LayerMethod(Method):
         sites, model = context.costs.sites, denoiser(context.target)
         kinds = tuple(kind for kind in self.kinds or self.default_kinds if kind in sites.kinds())
         found = removal_candidates(sites, context.costs, kinds or DEPTH_KINDS)
-        return self.eligible(found, sites, plan_base(model, sites).host)
+        return self.eligible(found, sites, host_name(model))
 
     def timed(
         self, context: ScoringContext, candidates: Sequence[Candidate]
@@ -176,13 +177,58 @@ class LayerMethod(Method):
     ) -> tuple[Removal, ...]:
         """Greedy removals down to the budget, each scored with the ones before it gone."""
         model = denoiser(context.target)
-        host = plan_base(model, context.costs.sites).host
+        host = host_name(model)
         rules = limits(candidates, context.costs.sites, self.neighbours(host))
         names = [candidate.name for candidate in candidates]
         order = greedy_order(
             loss, candidates, self.enough(context, dense_latency), lambda taken: allowed(taken, rules, names)
         )
         return tuple(order)
+
+    def additivity_of(
+        self,
+        context: ScoringContext,
+        loss: OutputLoss | LatentStatistics,
+        candidates: Sequence[Candidate],
+        losses: Mapping[str, float],
+        sets: int,
+    ) -> Additivity | None:
+        """Whether these losses add up, on sets that save up to the budget; None for no sets or too few layers."""
+        if not sets or len(candidates) < 3:
+            return None
+        quantity = self.of if self.of != "latency" else "macs"
+        most = (1 - self.keep) * getattr(context.dense, quantity)
+        return additivity(
+            loss,
+            candidates,
+            losses,
+            sets=sets,
+            saving=(quantity, 0.0, most),
+            seed=self.seed,
+            progress=context.progress,
+        )
+
+    def layer_scores(
+        self,
+        context: ScoringContext,
+        candidates: Sequence[Candidate],
+        losses: Mapping[str, float],
+        dense_latency: float | None,
+        notes: Mapping[str, Any],
+        **found: Any,
+    ) -> LayerScores:
+        """What `scored` returns; `found` is an additivity report or a greedy order, where there is one."""
+        return LayerScores(
+            losses=losses,
+            candidates={candidate.name: candidate for candidate in candidates},
+            method=self,
+            base=plan_base(denoiser(context.target)),
+            costs=context.costs,
+            dense=context.dense,
+            made_by=notes,
+            dense_latency=dense_latency,
+            **found,
+        )
 
 
 @dataclass(frozen=True)
@@ -233,37 +279,12 @@ class LaptopDiff(LayerMethod):
         calls = self.calls(context)
         loss = OutputLoss(model, context.costs.sites, calls, distance_named(self.distance), context.progress)
         losses = loss.alone(candidates)
-        report = self._additivity(context, loss, candidates, losses)
+        report = self.additivity_of(context, loss, candidates, losses, self.additivity_sets)
         fails = report is not None and not report.spearman >= self.min_correlation
         greedy = self.selection == "greedy" or (self.selection == AUTO and fails and self.n_of_m is None)
         order = self.walk(context, loss, candidates, dense_latency) if greedy else None
-        return LayerScores(
-            losses=losses,
-            candidates={candidate.name: candidate for candidate in candidates},
-            method=self,
-            base=plan_base(model),
-            costs=context.costs,
-            dense=context.dense,
-            made_by=notes | {"calls": len(calls), "fell_back_to_greedy": bool(greedy and self.selection == AUTO)},
-            dense_latency=dense_latency,
-            additivity=report,
-            order=order,
-        )
-
-    def _additivity(self, context: ScoringContext, loss: OutputLoss, candidates, losses) -> Additivity | None:
-        if not self.additivity_sets or len(candidates) < 3:
-            return None
-        quantity = self.of if self.of != "latency" else "macs"
-        most = (1 - self.keep) * getattr(context.dense, quantity)
-        return additivity(
-            loss,
-            candidates,
-            losses,
-            sets=self.additivity_sets,
-            saving=(quantity, 0.0, most),
-            seed=self.seed,
-            progress=context.progress,
-        )
+        notes |= {"calls": len(calls), "fell_back_to_greedy": bool(greedy and self.selection == AUTO)}
+        return self.layer_scores(context, candidates, losses, dense_latency, notes, additivity=report, order=order)
 
 
 @dataclass(frozen=True)
@@ -305,14 +326,7 @@ class FinerCut(LayerMethod):
         calls = self.calls(context)
         loss = OutputLoss(model, context.costs.sites, calls, distance_named(self.distance), context.progress)
         order = self.walk(context, loss, candidates, dense_latency)
-        return LayerScores(
-            losses={removal.name: removal.loss for removal in order},
-            candidates={candidate.name: candidate for candidate in candidates},
-            method=self,
-            base=plan_base(model),
-            costs=context.costs,
-            dense=context.dense,
-            made_by=notes | {"calls": len(calls)},
-            dense_latency=dense_latency,
-            order=order,
+        losses = {removal.name: removal.loss for removal in order}
+        return self.layer_scores(
+            context, candidates, losses, dense_latency, notes | {"calls": len(calls)}, order=order
         )

@@ -6,11 +6,9 @@ import inspect
 from dataclasses import dataclass
 from typing import ClassVar
 
-from genprune.cutting import plan_base
 from genprune.denoising.capture import checked_prompts
 from genprune.errors import BadCalibrationData, GenpruneError, NoMatchingSites
-from genprune.families import denoiser, denoiser_slot
-from genprune.layers.additivity import additivity
+from genprune.families import denoiser, denoiser_slot, host_name
 from genprune.layers.distances import squared_error
 from genprune.layers.latent_stats import LatentStatistics
 from genprune.layers.menu import check_menu, offers
@@ -89,7 +87,7 @@ class LDPruner(LayerMethod):
             offered = offers(model, sites, calls[0], replacing, self.shares)
             point = context.dense.operating_point
             found = operator_candidates(model, sites, context.costs, offered, calls, point, context.progress)
-            candidates += self.eligible(found, sites, plan_base(model, sites).host) if found else []
+            candidates += self.eligible(found, sites, host_name(model)) if found else []
         if not candidates:
             raise NoMatchingSites(
                 f"nothing of menu={self.menu} fits a layer of this {type(model).__name__} and saves something; "
@@ -103,31 +101,10 @@ class LDPruner(LayerMethod):
             candidates = self._screened(candidates, single)
             loss = self._statistics(context)
             losses = loss.alone(candidates, progress=context.progress)
-        report = None
         removals = [candidate for candidate in candidates if candidate.removes]
-        if self.additivity_sets and len(removals) > 2:
-            quantity = self.of if self.of != "latency" else "macs"
-            most = (1 - self.keep) * getattr(context.dense, quantity)
-            report = additivity(
-                loss,
-                removals,
-                losses,
-                sets=self.additivity_sets,
-                saving=(quantity, 0.0, most),
-                seed=self.seed,
-                progress=context.progress,
-            )
-        return LayerScores(
-            losses=losses,
-            candidates={candidate.name: candidate for candidate in candidates},
-            method=self,
-            base=plan_base(model),
-            costs=context.costs,
-            dense=context.dense,
-            made_by=notes | {"calls": len(calls)},
-            dense_latency=dense_latency,
-            additivity=report,
-        )
+        report = self.additivity_of(context, loss, removals, losses, self.additivity_sets)
+        notes |= {"calls": len(calls)}
+        return self.layer_scores(context, candidates, losses, dense_latency, notes, additivity=report)
 
     def _screened(self, candidates, single: OutputLoss):
         """The candidates that trajectories are drawn for, the least missed by single calls for what they save."""

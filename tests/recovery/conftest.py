@@ -1,3 +1,5 @@
+"""What every test of recovery starts from: no accelerator that another test left."""
+
 from __future__ import annotations
 
 import pytest

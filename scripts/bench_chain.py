@@ -12,13 +12,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from scripts.fresh_process import in_fresh_process  # noqa: E402
 
 QUICK_PARTS = ("sd15", "torch_pruning", "unet", "dit", "vit")
 FULL_PARTS = ("sd15", "sdxl", "torch_pruning", "unet", "dit", "vit")
@@ -40,15 +40,9 @@ def run_part(name: str, quick: bool) -> dict[str, Any]:
 
 def run_in_child(name: str, quick: bool) -> dict[str, Any]:
     """One part in a fresh process; its last line of output is shown when it fails."""
-    with tempfile.TemporaryDirectory() as folder:
-        answer = Path(folder) / "part.json"
-        command = [sys.executable, __file__, "--part", name, "--out", str(answer), *(["--quick"] if quick else [])]
-        print(f"{name} ...", file=sys.stderr, flush=True)
-        child = subprocess.run(command, env={**os.environ, "HF_HUB_OFFLINE": "1"}, capture_output=True, text=True)
-        if child.returncode or not answer.is_file():
-            last = (child.stderr.strip().splitlines() or ["no message"])[-1]
-            raise SystemExit(f"part '{name}' failed with exit code {child.returncode}: {last}")
-        return json.loads(answer.read_text())
+    print(f"{name} ...", file=sys.stderr, flush=True)
+    options = ["--part", name, *(["--quick"] if quick else [])]
+    return in_fresh_process(__file__, options, f"part '{name}'", {**os.environ, "HF_HUB_OFFLINE": "1"})
 
 
 def figures(parts: dict[str, Any]) -> dict[str, float]:

@@ -12,13 +12,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from scripts.fresh_process import in_fresh_process  # noqa: E402
 
 QUICK = {"latent_size": 16, "naive": (5,), "step_checkpoints": (5,), "ours": (5, 50), "steps": 4, "rounds": 3}
 FULL = {
@@ -62,14 +62,8 @@ def run_in_child(case: dict[str, Any], device: str) -> dict[str, Any]:
     if case["kind"] == "memory":
         # Freed tensors go back to the system at once, so that resident memory is what lives.
         surroundings["MALLOC_MMAP_THRESHOLD_"] = str(64 * 1024)
-    with tempfile.TemporaryDirectory() as folder:
-        answer = Path(folder) / "case.json"
-        command = [sys.executable, __file__, "--case", json.dumps(case), "--device", device, "--out", str(answer)]
-        child = subprocess.run(command, env=surroundings, capture_output=True, text=True)
-        if child.returncode or not answer.is_file():
-            last = (child.stderr.strip().splitlines() or ["no message"])[-1]
-            raise SystemExit(f"case {case} failed with exit code {child.returncode}: {last}")
-        return json.loads(answer.read_text())
+    options = ["--case", json.dumps(case), "--device", device]
+    return in_fresh_process(__file__, options, f"case {case}", surroundings)
 
 
 def figures(memory: list[dict[str, Any]], speed: list[dict[str, Any]]) -> dict[str, float]:

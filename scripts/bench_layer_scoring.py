@@ -16,13 +16,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from scripts.fresh_process import in_fresh_process  # noqa: E402
 
 PARTS = ("unet", "dit", "flux")
 AIM = 1.05  # of the cost over the limit
@@ -31,20 +31,9 @@ SEED = 0
 
 def run_in_child(name: str, quick: bool, rounds: int) -> dict[str, Any]:
     """One host in a fresh process; its last line of output is shown when it fails."""
-    with tempfile.TemporaryDirectory() as folder:
-        answer = Path(folder) / "part.json"
-        options = ["--part", name, "--rounds", str(rounds), "--out", str(answer), *(["--quick"] if quick else [])]
-        print(f"{name} ...", file=sys.stderr, flush=True)
-        child = subprocess.run(
-            [sys.executable, __file__, *options],
-            env={**os.environ, "HF_HUB_OFFLINE": "1"},
-            capture_output=True,
-            text=True,
-        )
-        if child.returncode or not answer.is_file():
-            last = (child.stderr.strip().splitlines() or ["no message"])[-1]
-            raise SystemExit(f"part '{name}' failed with exit code {child.returncode}: {last}")
-        return json.loads(answer.read_text())
+    print(f"{name} ...", file=sys.stderr, flush=True)
+    options = ["--part", name, "--rounds", str(rounds), *(["--quick"] if quick else [])]
+    return in_fresh_process(__file__, options, f"part '{name}'", {**os.environ, "HF_HUB_OFFLINE": "1"})
 
 
 def figures(parts: dict[str, Any]) -> dict[str, float]:

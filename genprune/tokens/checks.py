@@ -1,0 +1,91 @@
+"""Checks of the fields of token methods, and their form in JSON."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from genprune.errors import GenpruneError, nearest
+
+
+def check_choice(field: str, value: Any, known: Iterable[str]) -> None:
+    known = tuple(known)
+    if value not in known:
+        raise GenpruneError(
+            f"{field}={value!r}{nearest(str(value), known)}; expected one of {', '.join(known)}. Pass one of these."
+        )
+
+
+def check_whole(field: str, value: Any, least: int) -> None:
+    if not _whole(value) or value < least:
+        raise GenpruneError(f"{field}={value!r}; expected a whole number from {least}. Pass {field}={max(least, 1)}.")
+
+
+def check_share(field: str, value: Any, *, zero: bool) -> None:
+    """A number up to 1, from 0 (`zero`) or above it."""
+    if not _number(value) or not 0 <= value <= 1 or (value == 0 and not zero):
+        raise GenpruneError(
+            f"{field}={value!r}; expected a share in {'[' if zero else '('}0, 1]. Pass a number such as {field}=0.5."
+        )
+
+
+def check_positive(field: str, value: Any) -> None:
+    if not _number(value) or not 0 < value < math.inf:
+        raise GenpruneError(f"{field}={value!r}; expected a number above 0. Pass {field}=1.0.")
+
+
+def check_steps(steps: Any) -> None:
+    """A number of steps >= 1, or three of them."""
+    three = isinstance(steps, tuple | list) and len(steps) == 3
+    if not all(_whole(step) and step >= 1 for step in (steps if three else [steps])):
+        raise GenpruneError(
+            f"steps={steps!r}; expected a whole number from 1, or three of them (first quarter, middle half, last "
+            "quarter of the layers). Pass steps=(5, 5, 1)."
+        )
+
+
+def checked_layers(keep: Mapping) -> dict[int, float | int]:
+    """`{layer: share or count}` in the order of the layers, a copy."""
+    for layer, value in keep.items():
+        count = _whole(value) and value >= 1
+        share = isinstance(value, float) and 0 < value <= 1
+        if not (_whole(layer) and layer >= 0 and (count or share)):
+            raise GenpruneError(
+                f"keep={{{layer!r}: {value!r}}}; expected layers from 0 with a share in (0, 1] (float) or a count of "
+                "patches from 1 (int). Pass keep={3: 0.9, 6: 120}."
+            )
+    if not keep:
+        raise GenpruneError("keep={} names no layer; expected at least one. Pass keep={3: 0.9}, or one share.")
+    return {layer: keep[layer] for layer in sorted(keep)}
+
+
+def as_json(value: Any) -> Any:
+    """A field's value as JSON has it: lists for tuples, strings for the layers of a mapping."""
+    if isinstance(value, Mapping):
+        return {str(key): item for key, item in value.items()}
+    return list(value) if isinstance(value, tuple) else value
+
+
+def from_json(value: Any) -> Any:
+    """The reverse of `as_json`."""
+    if isinstance(value, Mapping):
+        return {_layer(key): item for key, item in value.items()}
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _layer(key: Any) -> int:
+    try:
+        return int(key)
+    except (TypeError, ValueError):
+        raise GenpruneError(
+            f"layer {key!r} in keep; expected a whole number. Write it as in {{'keep': {{'3': 0.9}}}}."
+        ) from None
+
+
+def _whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

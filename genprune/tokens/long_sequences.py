@@ -10,21 +10,21 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from genprune.tokens.pagerank import DenseGraph, attention_logits, start_scores
+from genprune.tokens.pagerank import DenseGraph, page_rank, start_scores, vote_weights
 
 BLOCK = 256  # voters at a time
 
 
 class BlockedGraph:
-    """Every token votes, `BLOCK` rows of the map at a time: the memory of `(B, H, BLOCK, N)`, twice.
+    """Every token votes, `BLOCK` rows of the map at a time: the memory of `(B, H, BLOCK, N)`.
 
-    Costs one q k^T and one softmax for every step of WPR, about an attention call each: meant for one or two votes.
+    Costs one q k^T and one exp for every step of WPR, about an attention call each: meant for one or two votes.
 
     Args:
         q, k: shape `(B, H, N, d)`.
         scale: of `q k^T`.
         bias: broadcastable to `(B, H, N, N)`.
-        temperature: see `pagerank.attention_logits`.
+        temperature: see `pagerank.vote_weights`.
     """
 
     def __init__(self, q: Tensor, k: Tensor, scale: float, bias: Tensor | None = None, temperature: float = 1.0):
@@ -32,25 +32,21 @@ class BlockedGraph:
 
     def scores(self, alive: Tensor, class_weighted: bool, steps: int) -> Tensor:
         """See `pagerank.Graph`."""
-        dtype = torch.promote_types(self.q.dtype, torch.float32)
-        start = start_scores(alive, class_weighted, dtype)[:, None, None]  # (B, 1, 1, N)
-        votes = start.expand(-1, self.q.shape[1], -1, -1)  # (B, H, 1, N)
+        scores = start_scores(alive, class_weighted, torch.promote_types(self.q.dtype, torch.float32))[:, None]
         for _ in range(steps):
-            votes = self._passed(votes, alive)
-        return votes[:, :, 0]
+            scores = self._passed(scores, alive)  # (B, H, N)
+        return scores
 
-    def _passed(self, votes: Tensor, alive: Tensor) -> Tensor:
-        """A^T s for s of shape `(B, H, 1, N)`."""
-        tokens = self.q.shape[2]
-        received = torch.zeros_like(votes)
-        for first in range(0, tokens, BLOCK):
-            rows = slice(first, min(first + BLOCK, tokens))
+    def _passed(self, scores: Tensor, alive: Tensor) -> Tensor:
+        """One update for scores of shape `(B, 1, N)` or `(B, H, N)`."""
+        received = 0
+        for first in range(0, self.q.shape[2], BLOCK):
+            rows = slice(first, min(first + BLOCK, self.q.shape[2]))
             bias = self.bias
             if bias is not None and bias.shape[-2] != 1:
                 bias = bias[..., rows, :]
-            logits = attention_logits(self.q[:, :, rows], self.k, self.scale, bias, self.temperature)
-            logits.masked_fill_(~alive[:, None, None], -torch.inf)
-            received = received + votes[..., rows] @ logits.softmax(-1)
+            votes = vote_weights(self.q[:, :, rows], self.k, self.scale, bias, self.temperature)
+            received = received + page_rank(votes, 1, scores[..., rows], alive)
         return received
 
 
@@ -71,8 +67,7 @@ def voters_graph(
     """
     if bias is not None and bias.shape[-2] != 1:
         bias = bias.index_select(-2, voters)
-    logits = attention_logits(q.index_select(2, voters), k, scale, bias, temperature)
-    return DenseGraph(logits, voters, weight)
+    return DenseGraph(vote_weights(q.index_select(2, voters), k, scale, bias, temperature), voters, weight)
 
 
 def landmark_graph(

@@ -20,7 +20,7 @@ from genprune.tokens import checks
 from genprune.tokens.choice import Choice, LayerView, check_count
 from genprune.tokens.long_sequences import BlockedGraph, class_graph, landmark_graph, random_scores
 from genprune.tokens.matching import nearest_kept, tome_matching, unit_keys
-from genprune.tokens.pagerank import DenseGraph, Graph, attention_logits, best_patches, choose_tokens, steps_at
+from genprune.tokens.pagerank import DenseGraph, Graph, best_patches, choose_tokens, steps_at, vote_weights
 from genprune.tokens.reducing import REDUCTIONS, RESTORES
 
 FORMAT_VERSION = 1
@@ -54,6 +54,7 @@ class TokenMethod:
     restore: str = "own"
 
     name: ClassVar[str] = ""
+    fall: ClassVar[str] = "rate"  # how counts fall for a budget: by one rate, or by one `count` per layer
 
     def __post_init__(self) -> None:
         if isinstance(self.keep, Mapping):
@@ -251,7 +252,12 @@ class ZeroTPrune(TokenMethod):
         )
 
     def _graph(self, score: str, q: Tensor, k: Tensor, view: LayerView) -> Graph:
-        common = (view.scale, view.bias, self.temperature)
+        bias = view.bias
+        if view.valid is not None:  # nobody votes for padding; finite, so that a row of padding alone is no NaN
+            shut = torch.zeros(view.valid.shape, device=k.device).masked_fill_(~view.valid, -1e30)
+            shut = torch.nn.functional.pad(shut, (view.prefix, 0))[:, None, None]  # (B, 1, 1, N)
+            bias = shut if bias is None else bias + shut
+        common = (view.scale, bias, self.temperature)
         if score == "cls":
             if not view.class_token:
                 raise GenpruneError(
@@ -263,7 +269,7 @@ class ZeroTPrune(TokenMethod):
             return landmark_graph(q, k, self.landmarks, view.prefix, view.class_token, *common)
         if k.shape[2] > self.dense_limit:
             return BlockedGraph(q, k, *common)
-        return DenseGraph(attention_logits(q, k, *common))
+        return DenseGraph(vote_weights(q, k, *common))
 
     def _class_weighted(self, score: str, view: LayerView) -> bool:
         if self.start == "cls" and not view.class_token:
@@ -304,6 +310,7 @@ class ToMe(TokenMethod):
     r: int | None = None
 
     name: ClassVar[str] = "tome"
+    fall: ClassVar[str] = "count"
 
     def __post_init__(self) -> None:
         if self.r is None and self.keep is None:

@@ -23,23 +23,26 @@ from genprune.tokens.choice import Choice, check_count
 from genprune.tokens.matching import best_match, complement, nearest_kept
 
 
-def attention_logits(
-    q: Tensor, k: Tensor, scale: float, bias: Tensor | None = None, temperature: float = 1.0
-) -> Tensor:
-    """(scale q k^T + bias) / temperature, at least float32, whatever the input.
+def vote_weights(q: Tensor, k: Tensor, scale: float, bias: Tensor | None = None, temperature: float = 1.0) -> Tensor:
+    """exp((scale q k^T + bias) / temperature), each row divided by its largest entry; at least float32.
+
+    The attention map but for the row sums, which depend on who is alive (`page_rank` divides by them). One buffer is
+    filled and changed in place: at these sizes a second one costs as much as the arithmetic.
 
     Args:
         q: queries of the R voters, shape `(B, H, R, d)`.
         k: keys, shape `(B, H, N, d)`.
-        bias: broadcastable to `(B, H, R, N)`.
+        bias: broadcastable to `(B, H, R, N)`; -inf shuts a column.
         temperature: > 0; below 1 votes concentrate on fewer tokens.
 
     Returns:
-        Shape `(B, H, R, N)`.
+        Values in [0, 1], shape `(B, H, R, N)`.
     """
     dtype = torch.promote_types(q.dtype, torch.float32)
     logits = (q.to(dtype) * (scale / temperature)) @ k.to(dtype).transpose(-1, -2)
-    return logits if bias is None else logits.add_(bias.to(dtype) / temperature)
+    if bias is not None:
+        logits.add_(bias.to(dtype) / temperature)
+    return logits.sub_(logits.amax(-1, keepdim=True)).exp_()
 
 
 def start_scores(alive: Tensor, class_weighted: bool, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -59,27 +62,37 @@ def start_scores(alive: Tensor, class_weighted: bool, dtype: torch.dtype = torch
     return start * (count / start.sum(-1, keepdim=True))
 
 
-def page_rank(attention: Tensor, steps: int, start: Tensor) -> Tensor:
+def page_rank(votes: Tensor, steps: int, start: Tensor, alive: Tensor) -> Tensor:
     """Importance of each token: votes passed along the attention graph, higher = keep.
 
-    There is no damping and no renormalisation: rows of `attention` sum to 1, so that the sum of s stays. Few steps
-    are meant: A^T has one fixed point, and in the limit the start is forgotten, a class token's weight with it.
+    With Z[i] = sum_j votes[i, j] over the living tokens j, A = votes / Z is the softmax over their keys alone. Neither
+    A nor the survivors' part of it is ever written down: removing tokens costs two more products with a vector.
+
+    There is no damping and no renormalisation: rows of A sum to 1, so that the sum of s stays. Few steps are meant:
+    A^T has one fixed point, and in the limit the start is forgotten, a class token's weight with it.
 
     Args:
-        attention: row-stochastic, shape `(B, H, R, N)`; row i is how voter i splits its vote. R = N for steps > 1.
+        votes: see `vote_weights`, shape `(B, H, R, N)`; row i is how voter i splits its vote. R = N for steps > 1.
         steps: updates, >= 1. Fixed per layer, so that the loop compiles.
-        start: first scores of the voters, shape `(B, R)` or `(B, H, R)`.
+        start: first scores of the voters, 0 for one that is not alive, shape `(B, R)` or `(B, H, R)`.
+        alive: bool, shape `(B, N)`.
 
     Returns:
-        Shape `(B, H, N)`.
+        Shape `(B, H, N)`, 0 where not alive.
 
     Reference:
         Zero-TPrune, Weighted Page Rank: s_{t+1}[j] = sum_i A[i, j] s_t[i], that is s <- A^T s.
     """
-    start = start if start.ndim == 3 else start[:, None]
-    scores = start.expand(attention.shape[:3])[:, :, None]  # (B, H, 1, R)
+    living = alive.to(votes.dtype)[:, None, None]  # (B, 1, 1, N)
+    # A voter all of whose attention was on removed tokens (87 nats above the rest) has no say, rather than NaN.
+    total = (
+        (votes @ living.expand(-1, votes.shape[1], -1, -1).contiguous().transpose(-1, -2))
+        .clamp(min=torch.finfo(votes.dtype).tiny)
+        .transpose(-1, -2)
+    )
+    scores = (start if start.ndim == 3 else start[:, None])[:, :, None]  # (B, 1 or H, 1, R)
     for _ in range(steps):
-        scores = scores @ attention  # (B, H, 1, N)
+        scores = ((scores / total) @ votes) * living  # (B, H, 1, N)
     return scores[:, :, 0]
 
 
@@ -155,27 +168,25 @@ class Graph(Protocol):
 
 
 class DenseGraph:
-    """The attention graph as one map of logits `(B, H, R, N)`: of all tokens, or of R of them that vote.
+    """The attention graph as one map `(B, H, R, N)`: the votes of all tokens, or of R of them.
 
     Args:
-        logits: see `attention_logits`.
+        votes: see `vote_weights`.
         voters: which tokens the rows are, shape `(R,)`. None: all, in order.
         weight: how many tokens each voter speaks for, shape `(R,)`. None: one each.
     """
 
-    def __init__(self, logits: Tensor, voters: Tensor | None = None, weight: Tensor | None = None):
-        self.logits, self.voters, self.weight = logits, voters, weight
+    def __init__(self, votes: Tensor, voters: Tensor | None = None, weight: Tensor | None = None):
+        self.votes, self.voters, self.weight = votes, voters, weight
 
     def scores(self, alive: Tensor, class_weighted: bool, steps: int) -> Tensor:
-        # Removing the columns before the softmax is the softmax over the survivors' keys, and it keeps the shape: no
-        # map of the survivors has to be gathered, nor their q k^T computed again.
-        attention = self.logits.masked_fill(~alive[:, None, None], -torch.inf).softmax(-1)  # (B, H, R, N)
-        start = start_scores(alive, class_weighted, self.logits.dtype)
+        """See `Graph`."""
+        start = start_scores(alive, class_weighted, self.votes.dtype)
         if self.voters is not None:
-            start = self._votes(start, alive)
-        return page_rank(attention, steps, start)
+            start = self._spoken(start, alive)
+        return page_rank(self.votes, steps, start, alive)
 
-    def _votes(self, start: Tensor, alive: Tensor) -> Tensor:
+    def _spoken(self, start: Tensor, alive: Tensor) -> Tensor:
         """What each voter gives, shape `(B, R)`: its own start times whom it speaks for; the sum as with all."""
         start = start.index_select(1, self.voters)
         if self.weight is not None:

@@ -60,9 +60,12 @@ _LAZY = {
     "TinyFusion": "genprune.methods",
     "preset_cards": "genprune.presets",
     "preset_plan": "genprune.presets",
+    "prune_tokens": "genprune.tokens.handle",
+    "ZeroTPrune": "genprune.tokens.methods",
+    "ToMe": "genprune.tokens.methods",
     "load_pipeline": "genprune.pipelines",
 }
-_SUBPACKAGES = ("bench", "metrics", "miniature", "pipelines", "recovery", "routers")
+_SUBPACKAGES = ("bench", "metrics", "miniature", "pipelines", "recovery", "routers", "tokens")
 
 __all__ = [
     "BadCalibrationData",

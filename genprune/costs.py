@@ -94,13 +94,13 @@ def count_costs(target, **given: int) -> Costs:
         UnsupportedModel: no family knows the class. GenpruneError: an unknown field.
     """
     model = denoiser(target)
-    return _count(_meta_copy(model), operating_point(model, **given))
+    return _count(meta_copy(model), operating_point(model, **given))
 
 
 def dense_costs(target, **given: int) -> Costs:
     """Costs of the dense model that a target was before any cut, built on the meta device from its configuration."""
     model = denoiser(target)
-    return _count(_meta_copy(_dense_on_meta(model)), operating_point(model, **given))
+    return _count(meta_copy(_dense_on_meta(model)), operating_point(model, **given))
 
 
 def _dense_on_meta(model: nn.Module) -> nn.Module:
@@ -123,7 +123,7 @@ _HOOKS = (
 _OFFLOADING = ("_hf_hook", "_diffusers_hook", "_old_forward", "forward")
 
 
-def _meta_copy(model: nn.Module) -> nn.Module:
+def meta_copy(model: nn.Module) -> nn.Module:
     """A copy without weights, hooks and offloading. Floats become float32, so that mixed precisions run."""
     if any(cls.__name__ == "FSDPModule" for cls in type(model).__mro__):
         return _unsharded(model)
@@ -145,14 +145,14 @@ def _meta_copy(model: nn.Module) -> nn.Module:
 
 
 def _unsharded(model: nn.Module) -> nn.Module:
-    """What `_meta_copy` gives, for a model whose weights FSDP2 split: it lets nothing of its own be copied."""
+    """What `meta_copy` gives, for a model whose weights FSDP2 split: it lets nothing of its own be copied."""
     dense = _dense_on_meta(model)
     if sum(p.numel() for p in dense.parameters()) != sum(p.numel() for p in model.parameters()):
         raise UnsupportedModel(
             f"this {host_name(model)} was pruned and then split over processes (FSDP2); expected a dense one, whose "
             "costs its configuration tells. Count before fully_shard."
         )
-    return _meta_copy(dense)
+    return meta_copy(dense)
 
 
 def _count(meta: nn.Module, point: OperatingPoint) -> Costs:
@@ -270,7 +270,7 @@ def site_costs(target, point: OperatingPoint | None = None, sites: Sites | None 
         UnsupportedModel: no family knows the class.
     """
     model = denoiser(target)
-    meta = _meta_copy(model)
+    meta = meta_copy(model)
     sites = find_sites(model) if sites is None else sites
     total = _count(meta, operating_point(model) if point is None else point)
     paths = dict.fromkeys(piece.module for site in sites.values() for piece in site.slices)

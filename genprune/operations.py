@@ -136,9 +136,9 @@ def no_values(ops: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 def meta_shrunk(model: nn.Module, shrink) -> nn.Module:
     """A copy of a model on the meta device after `shrink(copy)`."""
-    from genprune.costs import _meta_copy
+    from genprune.costs import meta_copy
 
-    meta = _meta_copy(model)
+    meta = meta_copy(model)
     with torch.device("cpu"):
         shrink(meta)
     return meta

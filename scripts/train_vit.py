@@ -34,6 +34,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--depth", type=int, default=12)
     add("--heads", type=int, default=4)
     add("--patch-size", type=int, default=7, help="pixels; 4 costs three times as much")
+    add("--class-token", action="store_true", help="pool by a class token, not by the mean of the patches")
+    add("--mixed-precision", choices=("no", "bf16"), default="no", help="bf16: forward calls under autocast")
     add("--seed", type=int, default=0)
     add("--resume", action="store_true", help="go on after the last whole epoch in --out")
     add("--quick", action="store_true", help=f"one epoch on {QUICK_IMAGES:,} images: a check, not a result")
@@ -41,7 +43,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def build(args: argparse.Namespace):
-    """The ViT with fresh weights; square patches, no class token."""
+    """The ViT with fresh weights; square patches, and a class token where asked for."""
     import timm
     import torch
 
@@ -55,8 +57,8 @@ def build(args: argparse.Namespace):
         embed_dim=args.embed_dim,
         depth=args.depth,
         num_heads=args.heads,
-        class_token=False,  # the mean of the patches learns faster than a class token
-        global_pool="avg",
+        class_token=args.class_token,  # without one the mean of the patches is pooled, which learns faster
+        global_pool="token" if args.class_token else "avg",
     )
 
 
@@ -79,6 +81,7 @@ def main(arguments: list[str] | None = None) -> None:
         batch_size=args.batch_size,
         learning_rate=args.learning_rate,
         seed=args.seed,
+        mixed_precision=args.mixed_precision,
     )
     args.out.mkdir(parents=True, exist_ok=True)
     model = build(args)
@@ -96,7 +99,7 @@ def main(arguments: list[str] | None = None) -> None:
             "dev_images": len(data.dev_images),
             "test_images": len(data.test_images),
         },
-        "model": {name: getattr(args, name) for name in ("embed_dim", "depth", "heads", "patch_size")},
+        "model": {name: getattr(args, name) for name in ("embed_dim", "depth", "heads", "patch_size", "class_token")},
         "settings": dataclasses.asdict(settings),
         "figures": {
             "dev_accuracy": accuracy(model, data.dev_images, data.dev_labels),

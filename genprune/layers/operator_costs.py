@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from genprune.costs import ModuleCosts, _meta_copy
+from genprune.costs import ModuleCosts, meta_copy
 from genprune.denoising.replay import ModelCall
 from genprune.families import OperatingPoint, family_of
 from genprune.layers.menu import Given, observed
@@ -25,7 +25,7 @@ class OperatorCosts:
     """
 
     def __init__(self, model: nn.Module, point: OperatingPoint, paths: Iterable[str]):
-        self.meta = _meta_copy(model)
+        self.meta = meta_copy(model)
         inputs = family_of(model).example_inputs(self.meta, point, "meta", torch.float32)
         self.seen: dict[str, Given] = observed(self.meta, dict.fromkeys(paths), ModelCall(inputs))
 

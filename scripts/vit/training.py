@@ -38,6 +38,7 @@ class Training:
         mirror: share of the images that are mirrored.
         label_smoothing: share of the target that is spread over all classes.
         seed: of weights, order and augmentation.
+        mixed_precision: `bf16` runs forward calls under autocast, weights stay float32; or `no`.
     """
 
     epochs: int = 5
@@ -49,6 +50,11 @@ class Training:
     mirror: float = 0.0
     label_smoothing: float = 0.05
     seed: int = 0
+    mixed_precision: str = "no"
+
+    def __post_init__(self) -> None:
+        if self.mixed_precision not in ("no", "bf16"):
+            raise ValueError(f"mixed_precision is '{self.mixed_precision}'; expected 'no' or 'bf16'.")
 
 
 @dataclass
@@ -132,8 +138,10 @@ def _epoch(model: nn.Module, optimizer, data: FashionMNIST, settings: Training, 
         for group in optimizer.param_groups:
             group["lr"] = settings.learning_rate * factor
         images = augmented(data.train_images[chosen], settings.shift, settings.mirror, generator)
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=settings.mixed_precision == "bf16"):
+            logits = model(images)
         loss = functional.cross_entropy(
-            model(images), data.train_labels[chosen], label_smoothing=settings.label_smoothing
+            logits.float(), data.train_labels[chosen], label_smoothing=settings.label_smoothing
         )
         optimizer.zero_grad(set_to_none=True)
         loss.backward()

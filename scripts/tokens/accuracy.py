@@ -6,6 +6,7 @@ answer alike, how near the features are, and what share of the multiply-accumula
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import sys
@@ -21,7 +22,7 @@ from torch.nn import functional
 import genprune as gp
 from genprune.files import whole_file
 from genprune.metrics.bootstrap import paired_difference
-from scripts.tokens.candidates import Candidate
+from scripts.tokens.candidates import Row
 
 
 class Exam(Protocol):
@@ -56,10 +57,11 @@ def judged(exam: Exam, example: Tensor, method: Any | None) -> dict[str, Any]:
         method: `gp.ZeroTPrune` or `gp.ToMe`; None: the dense model.
     """
     context = nullcontext() if method is None else gp.prune_tokens(exam.model, method)
-    with context:
+    with context as handle:
         found = exam.sit()
         macs = counted_macs(exam.model, example)
     row: dict[str, Any] = {"macs": macs, "pictures": len(exam.labels), "right": {}}
+    row["counts"] = {str(layer): count for layer, count in handle.counts.items()} if handle else {}
     dense = exam.dense or found
     row["cosine"] = functional.cosine_similarity(found["features"], dense["features"], dim=-1).mean().item()
     for name in found:
@@ -109,24 +111,21 @@ class Rows:
 def measured(
     exam: Exam,
     example: Tensor,
-    candidates: Iterable[tuple[Candidate, float | dict[int, int]]],
+    wanted: Iterable[Row],
     folder: Path,
 ) -> list[dict[str, Any]]:
-    """Rows of all candidates, dense first."""
+    """The rows that are asked for, dense first."""
     rows = Rows(folder / exam.name.replace(" ", "-"), exam.name)
     dense = rows.row("dense", "dense", lambda: judged(exam, example, None))
     found = [{"name": "dense", "group": "dense", "keep": 1.0, **summarised(dense, dense)}]
-    for candidate, keep in candidates:
-        method = candidate.method(keep)
-        settings = method.to_json()
-        row = rows.row(f"{candidate.name} @ {keep}", settings, lambda: judged(exam, example, method))  # noqa: B023
-        share = keep if isinstance(keep, float) else None
+    for one in wanted:
+        row = rows.row(one.label, one.key, functools.partial(judged, exam, example, one.method))
         found.append(
             {
-                "name": candidate.name,
-                "group": candidate.group,
-                "keep": share,
-                "method": settings,
+                "name": one.candidate.name,
+                "group": one.candidate.group,
+                "keep": one.keep,
+                "method": one.method.to_json(),
                 **summarised(row, dense),
                 "right": row["right"],
             }

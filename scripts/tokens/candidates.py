@@ -1,7 +1,7 @@
 """The rows of the comparison: every way to drop or merge tokens, at a given share of the model's MACs.
 
-Settings that the paper fixes are written out here, so that a row stays what it is when a default of genprune changes;
-the row `default` is whatever `gp.ZeroTPrune(keep=...)` does.
+Everything is written out here, down to how many patches each layer hands on, so that a row stays what it is when a
+default of genprune changes. The row `default` is whatever `gp.ZeroTPrune(keep=...)` does, `ToMe` what `gp.ToMe` does.
 """
 
 from __future__ import annotations
@@ -9,15 +9,33 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from torch import nn
+
 import genprune as gp
+from genprune.tokens.costs import TokenCosts
+from genprune.tokens.hosts import host_of
+from genprune.tokens.schedule import falling
 
 KEEPS = (0.8, 0.65, 0.5)  # of the dense model's MACs
 MAIN = 0.65  # where the figures are taken
-STEPS = (5, 5, 1)  # page rank's, in the first quarter of the layers, the middle half, the last quarter
-FILTER = (0.01, 0.7)
-SHARE = 0.3  # of the removed tokens that the similarity stage takes
-WPR = {"score": "wpr", "steps": STEPS, "heads": "rms", "head_filter": FILTER, "similarity_share": SHARE}
+# Zero-TPrune as published, as far as it is: see docs/tokens.md; the share of the similarity stage is not
+WPR = {
+    "score": "wpr",
+    "start": "auto",
+    "steps": (5, 5, 1),
+    "heads": "rms",
+    "head_filter": (0.01, 0.7),
+    "similarity_share": 0.3,
+    "temperature": 1.0,
+    "keys": "mean",
+    "reduce": "drop",
+    "placement": "after_block",
+    "proportional": False,
+}
+VOTE = {**WPR, "score": "vote"}
 BARE = {"similarity_share": 0.0, "head_filter": None}
+ALIKE = {**VOTE, "similarity_share": 1.0}  # importance splits the patches, keys alone say which of them go
+MERGED = {**ALIKE, "placement": "before_mlp", "reduce": "merge", "proportional": True}
 # patches that DiffRate publishes for DeiT-S at 2.9 G, after each layer's merging (196 enter)
 DIFFRATE_DEIT_S = (196, 193, 175, 155, 140, 132, 120, 106, 87, 63, 55, 2)
 
@@ -29,55 +47,140 @@ class Candidate:
     Attributes:
         name: in tables and figures.
         settings: of the method, but for `keep`.
-        kind: `ZeroTPrune` or `ToMe`.
-        keeps: shares of the MACs that it is measured at; empty: it has keep counts of its own.
+        schedule: how the counts of patches are found for a share of the MACs. `thirds`: a constant rate after a
+            quarter, half and three quarters of the depth, as the author's settings have it; `every second`: a
+            constant rate in every second layer from the first on; `even`: there, a constant number; `published`:
+            DiffRate's counts, whatever they cost; `own`: the method's default.
+        kind: class of the method.
+        keeps: shares of the MACs that it is measured at.
         group: heading in the tables.
     """
 
     name: str
     settings: dict[str, Any]
+    schedule: str = "thirds"
     kind: str = "ZeroTPrune"
     keeps: tuple[float, ...] = KEEPS[1:]
     group: str = "ablation"
 
-    def method(self, keep: float | dict[int, int]) -> gp.ZeroTPrune | gp.ToMe:
-        return getattr(gp, self.kind)(keep=keep, **self.settings)
+
+@dataclass(frozen=True)
+class Row:
+    """A candidate at one share of one model's MACs: `method` is what `gp.prune_tokens` is given."""
+
+    candidate: Candidate
+    keep: float | None
+    method: Any
+
+    @property
+    def label(self) -> str:
+        return self.candidate.name + (f" @ {self.keep:g}" if self.keep else "")
+
+    @property
+    def key(self) -> dict[str, Any]:
+        """What the row's numbers depend on."""
+        candidate = self.candidate
+        if candidate.schedule == "own":
+            return self.method.to_json()
+        counts = {str(layer): count for layer, count in self.method.keep.items()}
+        return {"kind": candidate.kind, "settings": candidate.settings, "counts": counts}
 
 
 CANDIDATES = (
-    Candidate("default", {}, keeps=KEEPS, group="methods"),
+    Candidate("default", {}, "own", keeps=KEEPS, group="methods"),
+    Candidate("ToMe", {}, "own", kind="ToMe", keeps=KEEPS, group="methods"),
     Candidate("page rank, full", WPR, keeps=KEEPS, group="methods"),
-    Candidate("one vote", {**WPR, "score": "vote"}, keeps=KEEPS, group="methods"),
+    Candidate("one vote", VOTE, keeps=KEEPS, group="methods"),
+    Candidate("alike tokens merged", MERGED, "even", keeps=KEEPS, group="methods"),
+    Candidate("random 0", {**WPR, **BARE, "score": "random", "seed": 0}, keeps=KEEPS, group="methods"),
     Candidate("class attention", {**WPR, **BARE, "score": "cls"}, keeps=KEEPS, group="methods"),
     Candidate("landmark votes", {**WPR, "score": "landmark"}, keeps=KEEPS, group="methods"),
-    *(
-        Candidate(f"random {seed}", {**WPR, **BARE, "score": "random", "seed": seed}, keeps=KEEPS, group="methods")
-        for seed in range(3)
+    Candidate("random 1", {**WPR, **BARE, "score": "random", "seed": 1}, keeps=KEEPS, group="methods"),
+    Candidate("random 2", {**WPR, **BARE, "score": "random", "seed": 2}, keeps=KEEPS, group="methods"),
+    Candidate(
+        "DiffRate's counts, class attention, merged",
+        {**MERGED, **BARE, "score": "cls"},
+        "published",
+        group="methods",
     ),
-    Candidate("ToMe", {}, kind="ToMe", keeps=KEEPS, group="methods"),
     # stages of the method, added one by one, as in the paper's table
     Candidate("page rank alone", {**WPR, **BARE, "heads": "mean"}),
     Candidate("+ RMS over heads", {**WPR, **BARE}),
-    Candidate("+ head filter (page rank, no similarity)", {**WPR, "similarity_share": 0.0}),
+    Candidate("+ head filter", {**WPR, "similarity_share": 0.0}),
+    Candidate("+ similarity (= page rank, full)", WPR),
     Candidate("page rank, uniform start", {**WPR, "start": "uniform"}),
     Candidate("page rank, 1 step", {**WPR, "steps": (1, 1, 1)}),
     Candidate("page rank, 30 steps", {**WPR, "steps": (30, 30, 30)}),
-    Candidate("one vote, no similarity", {**WPR, "score": "vote", "similarity_share": 0.0}),
+    Candidate("one vote, no similarity", {**VOTE, "similarity_share": 0.0}),
     Candidate("class attention, with similarity", {**WPR, "score": "cls"}),
-    # how tokens go, and where
-    Candidate("one vote, before the MLP", {**WPR, "score": "vote", "placement": "before_mlp"}, group="reduction"),
-    Candidate("one vote, merged", {**WPR, "score": "vote", "reduce": "merge"}, group="reduction"),
-    Candidate("one vote, mlerp", {**WPR, "score": "vote", "reduce": "mlerp"}, group="reduction"),
-    Candidate("page rank, before the MLP", {**WPR, "placement": "before_mlp"}, group="reduction"),
-    Candidate("page rank, merged", {**WPR, "reduce": "merge"}, group="reduction"),
+    # how tokens go, and where: step by step from the one vote to what merges
+    Candidate("one vote, similarity decides alone", ALIKE, group="reduction"),
+    Candidate("+ before the MLP", {**ALIKE, "placement": "before_mlp"}, group="reduction"),
+    Candidate("+ merged", {**MERGED, "proportional": False}, group="reduction"),
+    Candidate("+ proportional attention", MERGED, group="reduction"),
+    Candidate("+ in every second layer", MERGED, "every second", group="reduction"),
+    Candidate("+ the same number in each (= alike tokens merged)", MERGED, "even", group="reduction"),
+    Candidate("the same with mlerp", {**MERGED, "reduce": "mlerp"}, "even", group="reduction"),
+    Candidate("the same, split by page rank", {**MERGED, "score": "wpr"}, "even", group="reduction"),
+    Candidate("the same, split by class attention", {**MERGED, "score": "cls"}, "even", group="reduction"),
+    Candidate("the same, dropped", {**ALIKE, "placement": "before_mlp"}, "even", group="reduction"),
+    Candidate("page rank, full, merged", {**WPR, "reduce": "merge", "proportional": True}, group="reduction"),
 )
-DIFFRATE = Candidate(
-    "DiffRate's counts, class attention, merged",
-    {"score": "cls", "similarity_share": 0.0, "reduce": "merge", "placement": "before_mlp"},
-    keeps=(),
-    group="methods",
+TUNING = (
+    *(
+        Candidate(f"dropped: {score}, share {share:g}", {**WPR, "score": score, "similarity_share": share})
+        for score in ("wpr", "vote")
+        for share in (0.0, 0.15, 0.3, 0.5, 0.75, 1.0)
+    ),
+    *(
+        Candidate(f"merged: {score}, share {share:g}", {**MERGED, "score": score, "similarity_share": share}, "even")
+        for score in ("wpr", "vote")
+        for share in (0.0, 0.5, 1.0)
+    ),
+    Candidate("ToMe", {}, "own", kind="ToMe"),
 )
-QUICK = ("default", "page rank, full", "one vote", "random 0", "ToMe")
+QUICK = ("default", "ToMe", "page rank, full", "one vote", "random 0")
+
+
+class Planner:
+    """Turns candidates into methods for one model.
+
+    Args:
+        model: timm model without hooks of a reduction.
+    """
+
+    def __init__(self, model: nn.Module):
+        host = host_of(model)
+        self.patches, self.depth, self.costs = host.patches, len(host.paths), TokenCosts(host)
+
+    def row(self, candidate: Candidate, keep: float) -> Row:
+        kind = getattr(gp, candidate.kind)
+        if candidate.schedule == "own":
+            return Row(candidate, keep, kind(keep=keep, **candidate.settings))
+        counts = self.counts(candidate, keep)
+        share = None if candidate.schedule == "published" else keep
+        return Row(candidate, share, kind(keep=counts, **candidate.settings))
+
+    def counts(self, candidate: Candidate, keep: float) -> dict[int, int]:
+        """`{layer: patches that it hands on}`: the most that stays below that share of the MACs."""
+        if candidate.schedule == "published":
+            return diffrate_counts(self.patches, self.depth)
+        layers = tuple(range(0, self.depth, 2))
+        if candidate.schedule == "thirds":
+            layers = tuple(max(0, round(self.depth * quarter / 4) - 1) for quarter in (1, 2, 3))
+        rule = "count" if candidate.schedule == "even" else "rate"
+        low, high = 0.0, 1.0
+        for _ in range(30):
+            middle = (low + high) / 2
+            counts = falling(self.patches, layers, middle, rule)
+            cost = self.costs.macs(counts, candidate.settings["placement"])
+            low, high = (middle, high) if cost <= keep * self.costs.dense else (low, middle)
+        return falling(self.patches, layers, low, rule)
+
+    def rows(self, candidates: tuple[Candidate, ...], keep: float) -> list[Row]:
+        """Of those that are measured at this share; DiffRate's own counts go with the figures' share."""
+        found = [candidate for candidate in candidates if keep in candidate.keeps]
+        return [self.row(c, keep) for c in found if c.schedule != "published" or keep == MAIN]
 
 
 def diffrate_counts(patches: int, depth: int) -> dict[int, int]:
@@ -92,12 +195,3 @@ def diffrate_counts(patches: int, depth: int) -> dict[int, int]:
         if count < last:
             counts[layer] = last = count
     return counts
-
-
-def tuning_grid() -> tuple[Candidate, ...]:
-    """What the defaults are chosen from, on dev pictures: the score, and the share of the similarity stage."""
-    return tuple(
-        Candidate(f"{score}, share {share:g}", {**WPR, "score": score, "similarity_share": share}, group="tuning")
-        for score in ("wpr", "vote")
-        for share in (0.0, 0.15, 0.3, 0.5, 0.75, 1.0)
-    )

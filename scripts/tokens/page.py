@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from genprune.files import whole_file
-from scripts.tokens.candidates import KEEPS, MAIN
+from scripts.tokens.candidates import MAIN
 
 MARK = "<!-- begin: generated from docs/results/tokens.json -->", "<!-- end: generated -->"
 TASKS = {"fashion": "Fashion-MNIST, enlarged to 224 px", "emoji": "Groups of Fluent 3-D emoji"}
@@ -181,15 +181,13 @@ def _tuning(tables: dict[str, Any]) -> list[str]:
     pictures = {name: table["pictures"]["dev"] for name, table in tables.items()}
     lines = ["### What the defaults were chosen from", ""]
     lines += ["Dev pictures: " + ", ".join(f"{name} {count:,}" for name, count in pictures.items()) + ". ", ""]
-    lines += ["Cells: accuracy / cosine to the dense features.", ""]
-    head = [f"{name}, {keep:.0%}" for name in tables for keep in KEEPS[1:]]
-    lines += ["| score, similarity share | " + " | ".join(head) + " |", "|---|" + "---:|" * len(head)]
-    for name in ["dense", *dict.fromkeys(row["name"] for row in first["rows"] if row["group"] == "tuning")]:
+    lines += [f"{MAIN:.0%} of the MACs. Cells: accuracy / cosine to the dense features.", ""]
+    lines += ["| | " + " | ".join(tables) + " |", "|---|" + "---:|" * len(tables)]
+    for name in [row["name"] for row in first["rows"]]:
         cells = []
         for table in tables.values():
-            for keep in KEEPS[1:]:
-                row = next((r for r in table["rows"] if r["name"] == name and r["keep"] in (keep, 1.0)), None)
-                cells.append(f"{row['accuracy']:.1%} / {row['cosine']:.4f}" if row else "")
+            row = next((r for r in table["rows"] if r["name"] == name), None)
+            cells.append(f"{row['accuracy']:.1%} / {row['cosine']:.4f}" if row else "")
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return [*lines, ""]
 

@@ -14,7 +14,7 @@ from torch.nn import functional
 
 import genprune as gp
 from scripts.tokens.accuracy import measured, paired_against
-from scripts.tokens.candidates import CANDIDATES, DIFFRATE, KEEPS, MAIN, QUICK, diffrate_counts, tuning_grid
+from scripts.tokens.candidates import CANDIDATES, KEEPS, MAIN, QUICK, TUNING, Planner, Row
 from scripts.tokens.data import FASHION_COUNTS, emoji_task, fashion_task
 from scripts.tokens.exams import ClassifierExam, ProbeExam
 from scripts.vit.data import data_hash, load_fashion_mnist
@@ -27,14 +27,14 @@ FINE_TUNING = Training(batch_size=64, learning_rate=1e-4, weight_decay=0.0, labe
 FINE_TUNING_STEPS = 200
 
 
-def asked(quick: bool, patches: int, depth: int) -> list[tuple[Any, float | dict[int, int]]]:
-    """Candidates and what they keep, the figures' share first, so that an interrupted run has the main rows."""
+def asked(model: nn.Module, quick: bool, split: str) -> list[Row]:
+    """What is measured on a split, the figures' share first, so that an interrupted run has the main rows."""
+    planner = Planner(model)
+    if split == "dev":
+        return planner.rows(TUNING, MAIN)
     if quick:
-        return [(candidate, MAIN) for candidate in CANDIDATES if candidate.name in QUICK]
-    counts = diffrate_counts(patches, depth)
-    rows = [(c, keep) for keep in sorted(KEEPS, key=lambda k: abs(k - MAIN)) for c in CANDIDATES if keep in c.keeps]
-    rows.insert(len([c for c in CANDIDATES if MAIN in c.keeps]), (DIFFRATE, counts))
-    return rows
+        return planner.rows(tuple(candidate for candidate in CANDIDATES if candidate.name in QUICK), MAIN)
+    return [row for keep in (MAIN, *(k for k in KEEPS if k != MAIN)) for row in planner.rows(CANDIDATES, keep)]
 
 
 def probe_rows(
@@ -56,10 +56,7 @@ def probe_rows(
     found = {}
     for task in tasks:
         exam = ProbeExam(model, task, split, work)
-        rows = [(candidate, keep) for keep in KEEPS[1:] for candidate in tuning_grid()]
-        if split == "test":
-            rows = asked(quick, model.patch_embed.num_patches, len(model.blocks))
-        table = measured(exam, exam.example, rows, work)
+        table = measured(exam, exam.example, asked(model, quick, split), work)
         found[task.name] = {
             "pictures": {part: len(pictures) for part, pictures in task.splits.items()},
             "sha256": task.sha256,
@@ -77,10 +74,7 @@ def classifier_rows(folder: Path, data: Path, work: Path, quick: bool, split: st
     tested = 100 if quick else {"test": CLASSIFIER_TESTED, "dev": CLASSIFIER_TUNED}[split]
     images, labels = getattr(splits, f"{split}_images")[:tested], getattr(splits, f"{split}_labels")[:tested]
     exam = ClassifierExam(f"classifier {split}", model, images, labels)
-    rows = [(candidate, keep) for keep in KEEPS[1:] for candidate in tuning_grid()]
-    if split == "test":
-        rows = asked(quick, model.patch_embed.num_patches, len(model.blocks))
-    table = measured(exam, exam.example, rows, work)
+    table = measured(exam, exam.example, asked(model, quick, split), work)
     trained = json.loads((folder / "result.json").read_text()) if (folder / "result.json").is_file() else {}
     found = {
         "pictures": {split: tested},

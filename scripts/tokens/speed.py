@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import json
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -24,25 +25,25 @@ from genprune.metrics.bootstrap import bootstrap_interval, median
 from genprune.metrics.latency import LatencyComparison, compare_latency
 from genprune.tokens.choice import Choice, LayerView
 from genprune.tokens.reducing import reduce_tokens
-from scripts.tokens.candidates import CANDIDATES, DIFFRATE, MAIN, WPR, diffrate_counts
+from scripts.tokens.candidates import CANDIDATES, KEEPS, MAIN, WPR, Planner
 
 RATES = {2: 0.9, 5: 0.8, 8: 0.7}  # share of the patches kept after each of three blocks
-VOTE = {**WPR, "score": "vote", "similarity_share": 0.0}
+BARE_VOTE = {**WPR, "score": "vote", "similarity_share": 0.0}
 SCORES = {
-    "vote": gp.ZeroTPrune(keep=RATES, **VOTE),
+    "vote": gp.ZeroTPrune(keep=RATES, **BARE_VOTE),
     "full": gp.ZeroTPrune(keep=RATES, **WPR),
     "default": gp.ZeroTPrune(keep=RATES),
 }
 LONG_SCORES = {
-    "landmark": gp.ZeroTPrune(keep=RATES, **{**VOTE, "score": "landmark"}),
+    "landmark": gp.ZeroTPrune(keep=RATES, **{**BARE_VOTE, "score": "landmark"}),
     "landmark, with similarity": gp.ZeroTPrune(keep=RATES, **{**WPR, "score": "landmark"}),
     "default": gp.ZeroTPrune(keep=RATES),
 }
 AT_EQUAL_MACS = {
     "default": gp.ZeroTPrune(keep=MAIN),
-    "one vote": gp.ZeroTPrune(keep=MAIN, **VOTE),
+    "one vote": gp.ZeroTPrune(keep=MAIN, **BARE_VOTE),
     "page rank, full": gp.ZeroTPrune(keep=MAIN, **WPR),
-    "random": gp.ZeroTPrune(keep=MAIN, **{**VOTE, "score": "random"}),
+    "random": gp.ZeroTPrune(keep=MAIN, **{**BARE_VOTE, "score": "random"}),
     "ToMe": gp.ToMe(keep=MAIN),
 }
 
@@ -192,15 +193,17 @@ def row_times(model: nn.Module, batch: int, rounds: int, names: tuple[str, ...] 
     """
     images = _images(model.patch_embed.img_size[0], batch)
     calls: dict[str, Callable[[], object]] = {"dense": functools.partial(model, images)}
-    for candidate in CANDIDATES:
-        for keep in candidate.keeps if names is None else (MAIN,) * (candidate.name in names):
-            one = pruned(model, candidate.method(keep))
-            calls[f"{candidate.name} @ {keep:g}"] = functools.partial(one, images)
-    if names is None:
-        counts = diffrate_counts(model.patch_embed.num_patches, len(model.blocks))
-        calls[DIFFRATE.name] = functools.partial(pruned(model, DIFFRATE.method(counts)), images)
-    found = _timed(calls, rounds, warmup=1)
-    return {"batch": batch, **_short(found)}
+    planner = Planner(model)
+    chosen = tuple(c for c in CANDIDATES if names is None or c.name in names)
+    same: dict[str, str] = {}  # some rows stand in two tables
+    first: dict[str, str] = {}
+    for row in [row for keep in (KEEPS if names is None else (MAIN,)) for row in planner.rows(chosen, keep)]:
+        same[row.label] = first.setdefault(json.dumps(row.key, sort_keys=True), row.label)
+        if same[row.label] == row.label:
+            calls[row.label] = functools.partial(pruned(model, row.method), images)
+    found = _short(_timed(calls, rounds, warmup=1))
+    found["ratio"] |= {label: found["ratio"][timed] for label, timed in same.items()}
+    return {"batch": batch, **found}
 
 
 def speed(quick: bool) -> dict[str, Any]:

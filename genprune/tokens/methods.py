@@ -20,7 +20,7 @@ from genprune.tokens import checks
 from genprune.tokens.choice import Choice, LayerView, check_count
 from genprune.tokens.long_sequences import BlockedGraph, class_graph, landmark_graph, random_scores
 from genprune.tokens.matching import nearest_kept, tome_matching, unit_keys
-from genprune.tokens.pagerank import DenseGraph, Graph, best_patches, choose_tokens, steps_at, vote_weights
+from genprune.tokens.pagerank import SPLITS, DenseGraph, Graph, best_patches, choose_tokens, steps_at, vote_weights
 from genprune.tokens.reducing import REDUCTIONS, RESTORES
 
 FORMAT_VERSION = 1
@@ -38,8 +38,10 @@ class TokenMethod:
             int(n * share)) or count >= 1 (int)}`.
         of: what one share is a share of, `macs` or `latency`.
         layers: where to reduce when `keep` is one share, 0-based. None: the host's default.
-        reduce: `drop`, `merge` (into the most similar kept token) or `mlerp` (the same, keeping norms).
-        placement: `after_block`, or `before_mlp` of the same block (cheaper per removed token).
+        reduce: `drop`, `merge` (into the most similar kept token) or `mlerp` (the same, keeping norms); `auto`: merge
+            where the host can weigh merged tokens, else drop.
+        placement: `after_block`, or `before_mlp` of the same block (cheaper per removed token); `auto`: before_mlp
+            where the host's blocks run attention and MLP one after the other.
         proportional: after merges, add log(size) to the attention logits. No effect where tokens are dropped.
         restore: how a removed token comes back where a full grid is needed: a copy of the `nearest` kept token, its
             `own` value when it was removed, or `zeros`.
@@ -55,6 +57,7 @@ class TokenMethod:
 
     name: ClassVar[str] = ""
     fall: ClassVar[str] = "rate"  # how counts fall for a budget: by one rate, or by one `count` per layer
+    spacing: ClassVar[int] = 2  # which layers reduce when counts fall by count and none are named: every so many
 
     def __post_init__(self) -> None:
         if isinstance(self.keep, Mapping):
@@ -66,8 +69,8 @@ class TokenMethod:
             for layer in self.layers:
                 checks.check_whole("layers", layer, 0)
         checks.check_choice("of", self.of, ("macs", "latency"))
-        checks.check_choice("reduce", self.reduce, REDUCTIONS)
-        checks.check_choice("placement", self.placement, ("after_block", "before_mlp"))
+        checks.check_choice("reduce", self.reduce, ("auto", *REDUCTIONS))
+        checks.check_choice("placement", self.placement, ("auto", "after_block", "before_mlp"))
         checks.check_choice("restore", self.restore, RESTORES)
 
     def choose(self, q: Tensor, k: Tensor, keep: int, view: LayerView) -> Choice:
@@ -98,6 +101,12 @@ class TokenMethod:
 
     def _wants_target(self, view: LayerView) -> bool:
         return view.wants_target or self.reduce != "drop"
+
+    def settled(self, merges: bool, before_mlp: bool) -> TokenMethod:
+        """The method with `auto` decided for a host that can merge, and reduce before the MLP, or cannot."""
+        reduce = ("merge" if merges else "drop") if self.reduce == "auto" else self.reduce
+        placement = ("before_mlp" if before_mlp else "after_block") if self.placement == "auto" else self.placement
+        return dataclasses.replace(self, reduce=reduce, placement=placement)
 
     def changed(self, **changes: Any) -> TokenMethod:
         """A copy with other values. Raises `GenpruneError` for an unknown name or a value out of range."""
@@ -162,7 +171,10 @@ class TokenMethod:
 
 @dataclass(frozen=True)
 class ZeroTPrune(TokenMethod):
-    """Token pruning by PageRank over the attention graph, without training.
+    """Token pruning by votes over the attention graph, without training.
+
+    The default is what measured best (docs/tokens-compared.md): one vote ranks the tokens, the most redundant ones
+    are merged, in every second layer. `ZeroTPrune.published()` has the paper's own settings.
 
     Args:
         score: how tokens are ranked. `wpr`: PageRank. `vote`: its first step from a uniform start. `cls`: the class
@@ -175,6 +187,10 @@ class ZeroTPrune(TokenMethod):
         heads: `rms` (the paper's EIR) or `mean`.
         head_filter: heads whose scores (mean 1) have a variance outside of these bounds do not count. None: all do.
         similarity_share: how much of what goes is removed by the similarity stage, in [0, 1].
+        split: who may be redundant to whom in that stage, patches being sorted by importance. `alternate`: every
+            second one to the others. `halves`: the less important half to the other (the paper's Sequential-U).
+        fall: how counts fall from layer to layer for a budget: each of `layers` removes the same number (`count`), or
+            the same share (`rate`). Without `layers`: every second layer, or three at the quarters of the depth.
         temperature: of the votes, > 0. The author's earlier class project used 0.5.
         keys: how keys of heads are compared: their `mean`, or the `concat` of them.
         landmarks: patches that vote for all, >= 1.
@@ -185,12 +201,17 @@ class ZeroTPrune(TokenMethod):
         Wang et al., arXiv 2305.17328. The split between the stages is not published: `similarity_share` is ours.
     """
 
+    reduce: str = "auto"
+    placement: str = "auto"
+    proportional: bool = True
     score: str = "auto"
     start: str = "auto"
     steps: int | tuple[int, int, int] | None = None
     heads: str = "rms"
     head_filter: tuple[float, float] | None = (0.01, 0.7)
-    similarity_share: float = 0.3
+    similarity_share: float = 1.0
+    split: str = "alternate"
+    fall: str = "count"
     temperature: float = 1.0
     keys: str = "mean"
     landmarks: int = 64
@@ -205,6 +226,8 @@ class ZeroTPrune(TokenMethod):
         checks.check_choice("start", self.start, ("auto", "cls", "uniform"))
         checks.check_choice("heads", self.heads, ("rms", "mean"))
         checks.check_choice("keys", self.keys, ("mean", "concat"))
+        checks.check_choice("split", self.split, SPLITS)
+        checks.check_choice("fall", self.fall, ("count", "rate"))
         if self.steps is not None:
             checks.check_steps(self.steps)
             object.__setattr__(self, "steps", self.steps if isinstance(self.steps, int) else tuple(self.steps))
@@ -220,6 +243,20 @@ class ZeroTPrune(TokenMethod):
         checks.check_whole("landmarks", self.landmarks, 1)
         checks.check_whole("dense_limit", self.dense_limit, 0)
         checks.check_whole("seed", self.seed, 0)
+
+    @classmethod
+    def published(cls, **settings: Any) -> ZeroTPrune:
+        """The paper's own: PageRank over I' -> S -> I, tokens dropped after three blocks. `settings` replace some."""
+        paper = {
+            "reduce": "drop",
+            "placement": "after_block",
+            "proportional": False,
+            "score": "wpr",
+            "similarity_share": 0.3,
+            "split": "halves",
+            "fall": "rate",
+        }
+        return cls(**{**paper, **settings})
 
     def score_at(self, tokens: int) -> str:
         """The score on a sequence of so many tokens: `score`, with `auto` decided."""
@@ -248,6 +285,7 @@ class ZeroTPrune(TokenMethod):
             heads=self.heads,
             bounds=self.head_filter,
             similarity_share=self.similarity_share,
+            split=self.split,
             wants_target=self._wants_target(view),
         )
 
@@ -311,6 +349,7 @@ class ToMe(TokenMethod):
 
     name: ClassVar[str] = "tome"
     fall: ClassVar[str] = "count"
+    spacing: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
         if self.r is None and self.keep is None:

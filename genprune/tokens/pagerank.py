@@ -22,6 +22,8 @@ from torch import Tensor
 from genprune.tokens.choice import Choice, check_count
 from genprune.tokens.matching import best_match, complement, nearest_kept
 
+SPLITS = ("alternate", "halves")
+
 
 def vote_weights(q: Tensor, k: Tensor, scale: float, bias: Tensor | None = None, temperature: float = 1.0) -> Tensor:
     """exp((scale q k^T + bias) / temperature), each row divided by its largest entry; at least float32.
@@ -136,23 +138,30 @@ def combine_heads(scores: Tensor, how: str = "rms", weight: Tensor | None = None
     return combined.sqrt() if how == "rms" else combined
 
 
-def redundant(metric: Tensor, importance: Tensor, count: int, alive: Tensor) -> Tensor:
+def redundant(metric: Tensor, importance: Tensor, count: int, alive: Tensor, split: str = "halves") -> Tensor:
     """The similarity stage S: the `count` patches that another, more important patch resembles most.
 
-    Patches are sorted by importance. The less important half (n // 2 of them) is set A, the rest B ("Sequential-U").
-    Every patch of A looks for its most similar one in B; those of A with the most similar partner go.
+    Patches are sorted by importance. With `halves` the less important n // 2 are set A and the rest B, the paper's
+    "Sequential-U"; with `alternate` A is every second one, so that near duplicates, which are alike in importance,
+    land in different sets. Every patch of A looks for its most similar one in B; those of A with the most similar
+    partner go.
 
     Args:
         metric: rows of length 1 (unit keys), shape `(B, n, c)`. See `matching.best_match` for the cost.
         importance: shape `(B, n)`, higher = more important.
         count: patches that go, at most n // 2.
         alive: bool, shape `(B, n)`; what is not alive goes first, and nobody is compared with it.
+        split: `halves` or `alternate`.
 
     Returns:
         Indices of the patches that go, int64 of shape `(B, count)`, in no order.
     """
     half = importance.shape[1] // 2
     order = importance.masked_fill(~alive, -torch.inf).argsort(dim=1, stable=True)  # least important first
+    if split == "alternate":
+        turn = torch.arange(order.shape[1], device=order.device) % 2  # A, B, A, B, ...
+        turn = torch.where(alive.gather(1, order), turn, -1)  # what is not alive is in A, however many there are
+        order = order.gather(1, turn.argsort(dim=1, stable=True))
     rows = metric.gather(1, order[..., None].expand_as(metric))
     living = alive.gather(1, order)
     similarity, _ = best_match(rows[:, :half], rows[:, half:], ~living[:, half:])  # (B, n // 2)
@@ -238,6 +247,7 @@ def choose_tokens(
     heads: str = "rms",
     bounds: tuple[float, float] | None = (0.01, 0.7),
     similarity_share: float = 0.3,
+    split: str = "halves",
     wants_target: bool = False,
 ) -> Choice:
     """A pruning layer, I' -> S -> I.
@@ -255,6 +265,7 @@ def choose_tokens(
         prefix: tokens before the patches: they vote and get votes, and always stay.
         similarity_share: how much of what goes is removed by S, 0 to 1. 0 leaves S and I' out. S removes at most
             n // 2.
+        split: see `redundant`.
         wants_target: whether removed patches get the kept one that is most similar.
         steps, class_weighted, heads, bounds: see `importance`.
 
@@ -274,7 +285,7 @@ def choose_tokens(
     gone = min(round(similarity_share * (patches - keep)), patches // 2)
     if gone:
         ranks = importance(graph, alive, prefix, steps=1, **settings)
-        removed = redundant(metric, ranks, gone, ~padding)
+        removed = redundant(metric, ranks, gone, ~padding, split)
         alive = alive.scatter(1, removed + prefix, False)
     if patches - gone == keep:  # S has done it all
         kept = complement(removed, patches)

@@ -64,7 +64,7 @@ def test_the_class_score_is_the_class_tokens_row():
     row = torch.softmax(0.3 * q @ k.transpose(-1, -2), -1)[:, :, 0]
     assert torch.allclose(class_graph(q, k, 0.3).scores(alive, False, 1), 20 * row)
     with pytest.raises(GenpruneError, match="score='cls'.*has none; expected.*Pass score='vote'"):
-        ZeroTPrune(score="cls").choose(q, k, 5, LayerView(0, False, 0.3))
+        ZeroTPrune.published(score="cls").choose(q, k, 5, LayerView(0, False, 0.3))
 
 
 class LargestTensor(TorchDispatchMode):
@@ -84,7 +84,7 @@ class LargestTensor(TorchDispatchMode):
 def test_no_map_of_4096_tokens(score):
     q, k = queries(4096, dtype=torch.float32)
     with LargestTensor() as seen:
-        kept = ZeroTPrune(score=score, similarity_share=0.5, reduce="merge").choose(
+        kept = ZeroTPrune.published(score=score, similarity_share=0.5, reduce="merge").choose(
             q, k, 2048, LayerView(1, True, 0.3)
         )
     assert kept.kept.shape == (1, 2048)
@@ -94,7 +94,7 @@ def test_no_map_of_4096_tokens(score):
 def test_a_dense_map_is_seen_by_that_measure():
     q, k = queries(4096, heads=1, dtype=torch.float32)
     with LargestTensor() as seen:
-        ZeroTPrune(score="vote", dense_limit=4096).choose(q, k, 2048, LayerView(1, True, 0.3))
+        ZeroTPrune.published(score="vote", dense_limit=4096).choose(q, k, 2048, LayerView(1, True, 0.3))
     assert seen.largest == 4096 * 4096
 
 
@@ -109,6 +109,6 @@ def test_random_scores_depend_on_seed_layer_and_row_alone():
         assert abs(rank_correlation) < 0.1  # 1,500 pairs: three deviations are 0.08
     assert first.mean() / 2**24 == pytest.approx(0.5, abs=0.03)
     before = torch.get_rng_state()
-    method, (q, k) = ZeroTPrune(score="random", seed=3), queries(50)
+    method, (q, k) = ZeroTPrune.published(score="random", seed=3), queries(50)
     kept = [method.choose(q, k, 20, LayerView(1, True, 0.3)).kept for _ in range(2)]
     assert torch.equal(*kept) and torch.equal(before, torch.get_rng_state())

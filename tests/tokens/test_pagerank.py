@@ -65,6 +65,10 @@ def reference_choice(q, k, keep, prefix, method, steps, class_weighted, bias=Non
         scores = reference_scores(q, k, living, 1, class_weighted, bias, method.temperature)
         value = dict(zip(living[prefix:], reference_importance(scores, prefix, method.heads, method.head_filter)))
         order = sorted(range(prefix, q.shape[1]), key=lambda i: float(value.get(i, -math.inf)))
+        if method.split == "alternate":
+            dead, alive = [i for i in order if i not in value], [i for i in order if i in value]
+            turns = [(i, r % 2) for r, i in enumerate(order) if i in alive]
+            order = [*dead, *(i for i, turn in turns if turn == 0), *(i for i, turn in turns if turn == 1)]
         low, high = order[: patches // 2], order[patches // 2 :]
         keys = k.mean(0) if method.keys == "mean" else k.transpose(0, 1).flatten(1)
 
@@ -96,6 +100,8 @@ ABLATIONS = {
     "temperature": {"temperature": 0.5},
     "keys side by side": {"keys": "concat"},
     "vote": {"score": "vote"},
+    "alternate ranks": {"split": "alternate"},
+    "alternate ranks alone, by a vote": {"score": "vote", "split": "alternate", "similarity_share": 1.0},
     "in blocks": {"dense_limit": 5},
 }
 
@@ -105,7 +111,7 @@ ABLATIONS = {
 def test_the_choice_is_that_of_the_dense_reference(name, extras):
     q, k = queries()
     prefix, keep = 2, 13
-    method = ZeroTPrune(**{"score": "wpr", **ABLATIONS[name]})
+    method = ZeroTPrune.published(**ABLATIONS[name])
     bias = torch.randn(3, 24, 24, dtype=torch.float64) if extras == "bias" else None
     valid, padding = None, [(), ()]
     if extras == "padding":
@@ -159,8 +165,8 @@ def test_when_no_head_passes_all_do():
     assert head_filter(scores, alive, 1, (0.01, 0.7)).tolist() == [[1] * 4] * 2
     q, k = queries()
     view = LayerView(1, True, SCALE, 2, 12)
-    nobody = ZeroTPrune(score="wpr", head_filter=(100.0, 101.0)).choose(q, k, 12, view)
-    assert torch.equal(nobody.kept, ZeroTPrune(score="wpr", head_filter=None).choose(q, k, 12, view).kept)
+    nobody = ZeroTPrune.published(score="wpr", head_filter=(100.0, 101.0)).choose(q, k, 12, view)
+    assert torch.equal(nobody.kept, ZeroTPrune.published(score="wpr", head_filter=None).choose(q, k, 12, view).kept)
 
 
 def test_head_filter_acts_on_mean_one_scores_of_real_size():
@@ -188,7 +194,7 @@ def test_logits_of_a_hundred_at_temperature_a_tenth_stay_finite(dtype, score, de
     weights = votes_of(q, k.to(dtype), 1.0, temperature=0.1)
     scores = page_rank(weights, 3, start_scores(alive, True), alive)
     assert weights.dtype == torch.float32 and scores.isfinite().all()
-    method = ZeroTPrune(score=score, temperature=0.1, dense_limit=dense_limit)
+    method = ZeroTPrune.published(score=score, temperature=0.1, dense_limit=dense_limit)
     kept = method.choose(q, k.to(dtype), 11, LayerView(1, True, 1.0, 2, 12)).kept
     assert kept.shape == (2, 11) and (kept.diff(dim=1) > 0).all() and kept.min() >= 0 and kept.max() < 23
 
@@ -215,17 +221,17 @@ def test_the_redundant_come_from_the_less_important_half():
 def test_prefix_tokens_vote_and_are_never_candidates():
     q, k = queries(tokens=21)
     view = LayerView(5, True, SCALE, 2, 12)  # a class token and four registers
-    before = ZeroTPrune(score="wpr").choose(q, k, 7, view).kept
+    before = ZeroTPrune.published(score="wpr").choose(q, k, 7, view).kept
     assert before.max() < 16
     q[:, :, 1:5] *= 9  # the registers' queries alone
-    assert not torch.equal(ZeroTPrune(score="wpr").choose(q, k, 7, view).kept, before)
+    assert not torch.equal(ZeroTPrune.published(score="wpr").choose(q, k, 7, view).kept, before)
 
 
 def test_without_a_class_token_the_start_is_uniform():
     q, k = queries()
     view = LayerView(0, False, SCALE, 2, 12)
-    uniform = ZeroTPrune(score="wpr", start="uniform", steps=1).choose(q, k, 9, view)
-    assert torch.equal(ZeroTPrune(score="wpr", steps=1).choose(q, k, 9, view).kept, uniform.kept)
+    uniform = ZeroTPrune.published(score="wpr", start="uniform", steps=1).choose(q, k, 9, view)
+    assert torch.equal(ZeroTPrune.published(score="wpr", steps=1).choose(q, k, 9, view).kept, uniform.kept)
 
 
 def test_steps_by_depth():
@@ -236,7 +242,7 @@ def test_steps_by_depth():
 def test_float32_and_autocast_choose_as_float64():
     q, k = queries()
     view = LayerView(1, True, SCALE, 2, 12)
-    method = ZeroTPrune(score="wpr")
+    method = ZeroTPrune.published(score="wpr")
     expected = method.choose(q, k, 12, view).kept
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(method.choose(q.float(), k.float(), 12, view).kept, expected)

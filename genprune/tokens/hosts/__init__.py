@@ -15,7 +15,7 @@ from genprune.errors import UnsupportedModel
 from genprune.tokens.methods import TokenMethod
 from genprune.tokens.state import TokenState
 
-HOSTS = ("timm_vit",)  # modules of this package, asked in this order
+HOSTS = ("timm_features", "timm_vit", "timm_bias", "timm_naflex", "diffusion_transformers", "unet")  # modules of this package, asked in this order
 
 
 class TokenHost(Protocol):
@@ -26,6 +26,8 @@ class TokenHost(Protocol):
         paths: module path of each block, in the order in which they run; layers are indices into it.
         prefix: tokens before the patches, which always stay.
         patches: patches at the size that the model is made for.
+        merges: whether merged tokens can be weighed where they are pooled or restored.
+        before_mlp: whether its blocks can reduce between attention and MLP.
         scored: layers whose queries and keys can be read, so that tokens can be reduced there.
     """
 
@@ -33,6 +35,8 @@ class TokenHost(Protocol):
     paths: tuple[str, ...]
     prefix: int
     patches: int
+    merges: bool
+    before_mlp: bool
     scored: tuple[int, ...]
 
     def check(self, method: TokenMethod) -> None:

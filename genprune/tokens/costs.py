@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 
 import torch
@@ -13,14 +15,44 @@ from genprune.tokens.choice import Choice, LayerView
 from genprune.tokens.hosts import TokenHost, host_of
 from genprune.tokens.methods import TokenMethod
 from genprune.tokens.schedule import per_layer
-from genprune.tokens.state import TokenState
+from genprune.tokens.state import Kept, TokenState
+
+
+_SMALL = 1_000_000  # entries of an attention map of all heads
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """What a method is given at one layer, for an image of the model's own size."""
+
+    layer: int
+    query: tuple[int, ...]
+    key: tuple[int, ...]
+    view: LayerView
+
+    def cost(self, method: TokenMethod, before: int, after: int) -> int:
+        """Multiply-accumulates of choosing `after` patches among `before`."""
+        from torch.utils.flop_counter import FlopCounterMode
+
+        tokens = self.view.prefix + before
+        # Small maps are counted faster by computing them: many kernels have their meta form in Python.
+        device = "cpu" if self.query[1] * tokens**2 <= _SMALL else "meta"
+        query, key = (torch.zeros(*shape[:2], tokens, shape[3], device=device) for shape in (self.query, self.key))
+        view = replace(self.view, bias=None, valid=None, size=None, wants_target=method.restore == "nearest")
+        counter = FlopCounterMode(display=False)
+        with counter:
+            method.choose(query, key, after, view)
+        return counter.get_total_flops() // 2
 
 
 @dataclass(frozen=True)
 class _FirstTokens(TokenMethod):
-    """Keeps the first patches, at no cost."""
+    """Keeps the first patches, at no cost, and notes what it was asked."""
+
+    seen: list[_Seen] = field(default_factory=list)
 
     def choose(self, query, key, keep: int, view: LayerView) -> Choice:
+        self.seen.append(_Seen(view.layer, tuple(query.shape), tuple(key.shape), view))
         return Choice(torch.arange(keep, device=query.device).expand(query.shape[0], keep), None)
 
 
@@ -28,53 +60,125 @@ class TokenCosts:
     """Multiply-accumulates of a host's layers by number of patches, at its own image size and batch 1.
 
     Attention is quadratic in the tokens and an MLP linear, so that three counts of the model on the meta device say
-    what any number costs, to the last multiply-accumulate. Scoring is not included: `counted` has it.
+    what any number costs, to the last multiply-accumulate. What scoring costs is counted beside it, by calling the
+    method on meta tensors of the layer's shapes.
+
+    Attributes:
+        dense: multiply-accumulates of the model without reduction.
     """
 
     def __init__(self, host: TokenHost):
         self.host = host
         self.depth = len(host.paths)
-        self.places = sorted({host.patches, max(1, host.patches // 2), max(1, host.patches // 4)})
-        runs = [counted(host, _FirstTokens(keep=None), {0: n} if n < host.patches else {}) for n in self.places]
+        first = host.scored[0]  # layers up to this one always get all patches
+        full = host.patches
+        places = sorted({*range(1, min(full, 3) + 1), max(1, full // 4), max(1, full // 2), full})[-3:]
+        self._scored: dict[int, _Seen] = {}
+        runs = [counted(host, _FirstTokens(keep=None), {first: n} if n < full else {}) for n in places]
         inside = [[_within(run, path) for path in host.paths] for run in runs]
         mlps = [[_within(run, f"{path}.mlp") for path in host.paths] for run in runs]
-        self._attention = [[whole[i] - mlp[i] for whole, mlp in zip(inside, mlps)] for i in range(self.depth)]
-        self._mlp = [[mlp[i] for mlp in mlps] for i in range(self.depth)]
-        self._rest = [run[""] - sum(blocks) for run, blocks in zip(runs, inside)]
+        self._attention, self._mlp = [], []
+        for layer in range(self.depth):
+            mlp = [mlps[run][layer] for run in range(len(places))]
+            attention = [inside[run][layer] - mlp[run] for run in range(len(places))]
+            if layer == first:  # what it hands on to its own MLP may be fewer
+                mlp = [Fraction(mlp[-1] * (host.prefix + n), host.prefix + full) for n in places]
+            self._attention.append(_polynomial(places, attention))
+            self._mlp.append(_polynomial(places, mlp))
+        self._rest = _polynomial(places, [run[""] - sum(blocks) for run, blocks in zip(runs, inside)])
         self.dense = runs[-1][""]
-        # The first layer always gets all patches, whatever it hands on.
-        self._attention[0] = [self._attention[0][-1]] * len(runs)
-        self._mlp[0] = [
-            Fraction(self._mlp[0][-1] * (host.prefix + n), host.prefix + host.patches) for n in self.places
-        ]
+        self._known: dict[tuple, int] = {}
+        self._parabolas: dict[tuple[int, str], tuple[int, ...]] = {}
 
     def layers(self, counts: Mapping[int, int], placement: str = "after_block") -> list[tuple[int, int]]:
-        """Per layer: patches that it is given, and its multiply-accumulates."""
+        """Per layer: patches that it is given, and its multiply-accumulates, scoring not included."""
         now, rows = self.host.patches, []
         for layer in range(self.depth):
             after = counts.get(layer, now)
             inner = after if placement == "before_mlp" else now
-            macs = self._at(self._attention[layer], now) + self._at(self._mlp[layer], inner)
-            rows.append((now, int(macs)))
+            rows.append((now, _value(self._attention[layer], now) + _value(self._mlp[layer], inner)))
             now = after
         return rows
 
     def macs(self, counts: Mapping[int, int], placement: str = "after_block") -> int:
         """Multiply-accumulates of the model with these counts, scoring not included."""
         last = min(counts.values(), default=self.host.patches)
-        blocks = sum(macs for _, macs in self.layers(counts, placement))
-        return blocks + int(self._at(self._rest, last))
+        return sum(macs for _, macs in self.layers(counts, placement)) + _value(self._rest, last)
 
-    def _at(self, values: Sequence[int | Fraction], patches: int) -> Fraction:
-        """The polynomial through the counted places (Lagrange), in exact fractions."""
-        total = Fraction(0)
-        for i, value in enumerate(values):
-            term = Fraction(value)
-            for j, place in enumerate(self.places):
-                if j != i:
-                    term *= Fraction(patches - place, self.places[i] - place)
-            total += term
+    def scoring(self, counts: Mapping[int, int], method: TokenMethod) -> list[int]:
+        """Per layer: multiply-accumulates of choosing what it hands on; 0 where nothing goes."""
+        settings = scoring_settings(method)
+        schedule = per_layer(counts, self.host)
+        return [self._choosing(layer, kept, method, settings) for layer, kept in enumerate(schedule)]
+
+    def total(self, counts: Mapping[int, int], method: TokenMethod) -> int:
+        """Multiply-accumulates of the model with these counts, scoring included."""
+        return self.macs(counts, method.placement) + sum(self.scoring(counts, method))
+
+    def rough(self, counts: Mapping[int, int], method: TokenMethod) -> int:
+        """`total` with the scoring of each layer by a parabola: microseconds, and near enough to search with."""
+        settings = scoring_settings(method)
+        total = self.macs(counts, method.placement)
+        for layer, kept in enumerate(per_layer(counts, self.host)):
+            if kept is not None:
+                total += max(0, _value(self._parabola(layer, method, settings), kept[1]))
         return total
+
+    def _parabola(self, layer: int, method: TokenMethod, settings: str) -> tuple[int, ...]:
+        """Multiply-accumulates of choosing three quarters of the patches, by number of patches."""
+        if (layer, settings) not in self._parabolas:
+            full = self.host.patches
+            places = sorted({max(2, full * quarter // 4) for quarter in (2, 3, 4)} if full > 1 else {1})
+            values = [self._choosing(layer, (max(1, n * 3 // 4), n), method, settings) for n in places]
+            self._parabolas[layer, settings] = _polynomial(places, values)
+        return self._parabolas[layer, settings]
+
+    def _choosing(self, layer: int, kept: Kept, method: TokenMethod, settings: str) -> int:
+        if kept is None:
+            return 0
+        after, before = kept
+        seen = self._seen(layer)
+        key = (seen.query, seen.key, layer, before, after, settings)
+        if key not in self._known:
+            self._known[key] = seen.cost(method, before, after)
+        return self._known[key]
+
+    def _seen(self, layer: int) -> _Seen:
+        """Shapes of queries and keys, found by a call in which every layer hands on one patch less."""
+        waiting = [one for one in self.host.scored if one not in self._scored]
+        while waiting and layer not in self._scored:
+            now = waiting[: max(1, self.host.patches - 1)]
+            probe = _FirstTokens(keep=None)
+            counted(self.host, probe, {one: self.host.patches - 1 - i for i, one in enumerate(now)})
+            self._scored |= {seen.layer: seen for seen in probe.seen}
+            waiting = waiting[len(now) :]
+        return self._scored[layer]
+
+
+def scoring_settings(method: TokenMethod) -> str:
+    """What of a method scoring may depend on, as text: all but how much stays and where."""
+    return json.dumps({**method.to_json(), "keep": None, "layers": None, "r": None}, sort_keys=True)
+
+
+def _polynomial(places: Sequence[int], values: Sequence[int | Fraction]) -> tuple[int, ...]:
+    """The polynomial through some points (Lagrange): its coefficients, lowest first, and their common denominator."""
+    total = [Fraction(0)] * len(places)
+    for i, value in enumerate(values):
+        term = [Fraction(value)]
+        for j, place in enumerate(places):
+            if j != i:  # times (n - place) / (places[i] - place)
+                width = places[i] - place
+                term = [(low - place * high) / width for low, high in zip([Fraction(0), *term], [*term, Fraction(0)])]
+        total = [a + b for a, b in zip(total, term)]
+    common = math.lcm(*(number.denominator for number in total))
+    return (*(int(number * common) for number in total), common)
+
+
+def _value(polynomial: tuple[int, ...], patches: int) -> int:
+    value = 0
+    for coefficient in reversed(polynomial[:-1]):
+        value = value * patches + coefficient
+    return value // polynomial[-1]
 
 
 def counted(host: TokenHost, method: TokenMethod, counts: Mapping[int, int]) -> dict[str, int]:

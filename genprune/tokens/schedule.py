@@ -48,8 +48,8 @@ def _check_layer(layer: int, host: TokenHost) -> None:
 def default_layers(host: TokenHost, method: TokenMethod) -> tuple[int, ...]:
     """Where tokens are reduced when nothing is said: after a quarter, half and three quarters of the depth.
 
-    For 12 layers 2, 5 and 8 (counted from 0), as the author's published settings have it. A method that removes a
-    constant number in each layer takes all of them.
+    For 12 layers 2, 5 and 8 (counted from 0), as the author's published settings have it. A method whose counts fall
+    by a constant number takes every layer, or every second one, from the first on.
     """
     if method.layers is not None:
         for layer in method.layers:
@@ -57,7 +57,7 @@ def default_layers(host: TokenHost, method: TokenMethod) -> tuple[int, ...]:
         return tuple(sorted(method.layers))
     depth = len(host.paths)
     if method.fall == "count":
-        return host.scored
+        return host.scored[:: method.spacing]
     wanted = [max(0, round(depth * quarter / 4) - 1) for quarter in (1, 2, 3)]
     return tuple(sorted({min(host.scored, key=lambda layer: (abs(layer - place), layer)) for place in wanted}))
 
@@ -79,13 +79,13 @@ def falling(patches: int, layers: Sequence[int], share: float, fall: str) -> Cou
 
 
 def solve(
-    keep: float, cost: Callable[[Counts], float], host: TokenHost, method: TokenMethod, what: str = "MACs"
+    keep: float, share: Callable[[Counts], float], host: TokenHost, method: TokenMethod, what: str = "MACs"
 ) -> Counts:
-    """The counts whose cost is nearest to `keep` of the dense model's from below, by bisection.
+    """The counts whose cost comes nearest to a budget, by bisection over one rule for all layers.
 
     Args:
         keep: share of the dense cost, in (0, 1].
-        cost: counts to cost, rising with every count; `cost({})` is the dense one.
+        share: counts to their share of the dense cost, rising with every count.
         host, method: give patches, layers and the rule by which counts fall.
         what: the cost's name in messages.
 
@@ -93,37 +93,82 @@ def solve(
         BudgetUnreachable: the cost of one patch in every later layer is above the budget.
     """
     layers = default_layers(host, method)
-    dense = cost({})
-    budget = keep * dense
     if keep >= 1:
         return {layer: host.patches for layer in layers}
-    low, high = 0.0, 1.0
-    least = falling(host.patches, layers, low, method.fall)
-    if cost(least) > budget:
+    return fitted(keep, share, host.patches, lambda part: falling(host.patches, layers, part, method.fall), what)
+
+
+def fitted(
+    keep: float, share: Callable[[Counts], float], patches: int, rule: Callable[[float], Counts], what: str
+) -> Counts:
+    """`solve` for any rule that turns a number in [0, 1] into counts, which rise with it up to `patches`.
+
+    The budget is not exceeded, but where that would miss it by more than 0.5 % of the dense cost and half a patch's
+    step above is nearer.
+    """
+    least = rule(0.0)
+    if share(least) > keep:
         raise BudgetUnreachable(
-            f"keep={keep} of {what} is below what reducing tokens after layers {list(layers)} can reach: one patch "
-            f"left still costs {cost(least) / dense:.3f}. Raise keep, or give earlier layers=(...)."
+            f"keep={keep} of {what} is below what reducing tokens after layers {sorted(least)} can reach: with "
+            f"{min(least.values())} of {patches} patches left it is {share(least):.3f}. Raise keep above that, or "
+            "give earlier layers=(...); at 1 or more there is nothing to gain here."
         )
+    low, high, counts = 0.0, 1.0, least
     for _ in range(30):
         middle = (low + high) / 2
-        if cost(falling(host.patches, layers, middle, method.fall)) <= budget:
-            low = middle
+        tried = rule(middle)
+        if share(tried) <= keep:
+            low, counts = middle, tried
         else:
             high = middle
-    counts = falling(host.patches, layers, low, method.fall)
-    return _filled(counts, cost, budget, host.patches)
+    return _filled(counts, share, keep, patches)
 
 
-def _filled(counts: Counts, cost: Callable[[Counts], float], budget: float, patches: int) -> Counts:
-    """What rounding left over goes to the last layers: counts rise by one while the budget allows it."""
-    for layer in reversed(sorted(counts)):
-        while True:
-            earlier = [counts[other] for other in counts if other < layer]
+TOLERANCE = 0.005  # of the dense cost: below a budget by that much is near enough
+
+
+def _filled(counts: Counts, share: Callable[[Counts], float], keep: float, patches: int) -> Counts:
+    """What rounding left over goes to the last layers: counts rise by one while that brings the budget nearer."""
+    reached = share(counts)
+    for layer in sorted(counts, reverse=True):
+        earlier = min((counts[other] for other in counts if other < layer), default=patches)
+        while counts[layer] < earlier:
             raised = {**counts, layer: counts[layer] + 1}
-            if raised[layer] > min(earlier, default=patches) or cost(raised) > budget:
+            if (after := share(raised)) > keep:
                 break
-            counts = raised
-    return counts
+            counts, reached = raised, after
+    if keep - reached <= TOLERANCE:
+        return counts
+    above = [{**counts, layer: counts[layer] + 1} for layer in counts]
+    above = [one for one in above if _falls(one, patches)]
+    nearest = min(above, key=share, default=counts)
+    return nearest if share(nearest) - keep < keep - reached else counts
+
+
+def _falls(counts: Counts, patches: int) -> bool:
+    values = [patches, *(counts[layer] for layer in sorted(counts))]
+    return all(after <= before for before, after in zip(values, values[1:]))
+
+
+def check_acts(method: TokenMethod, counts: Counts, host: TokenHost) -> None:
+    """Refuse counts that save nothing, unless that was asked for: `keep=1`, counts of all patches, `r=0`.
+
+    Raises:
+        GenpruneError: less than everything was asked for, and no patch goes, or only where no layer is after it.
+    """
+    acting = [layer for layer, kept in enumerate(per_layer(counts, host)) if kept is not None]
+    given = method.keep.values() if isinstance(method.keep, Mapping) else [method.keep]
+    if not acting and any(isinstance(value, float) and value < 1 for value in given):
+        raise GenpruneError(
+            f"keep={method.keep} removes none of the {host.patches} patches of this {type(host.model).__name__}; "
+            "expected to save something. Lower keep; keep=1.0 says that all are meant to stay."
+        )
+    last = len(host.paths) - 1
+    if acting == [last] and method.placement == "after_block":
+        raise GenpruneError(
+            f"tokens would be removed after layer {last} alone, the last one, which saves nothing; expected an "
+            "earlier layer. Name one, or use placement='before_mlp'."
+        )
 
 
 def explicit(keep: Mapping[int, float | int], host: TokenHost) -> Counts:

@@ -17,7 +17,6 @@ from genprune.tokens.methods import TokenMethod
 from genprune.tokens.schedule import per_layer
 from genprune.tokens.state import Kept, TokenState
 
-
 _SMALL = 1_000_000  # entries of an attention map of all heads
 
 

@@ -26,6 +26,7 @@ WPR = {
     "heads": "rms",
     "head_filter": (0.01, 0.7),
     "similarity_share": 0.3,
+    "split": "halves",
     "temperature": 1.0,
     "keys": "mean",
     "reduce": "drop",
@@ -36,6 +37,7 @@ VOTE = {**WPR, "score": "vote"}
 BARE = {"similarity_share": 0.0, "head_filter": None}
 ALIKE = {**VOTE, "similarity_share": 1.0}  # importance splits the patches, keys alone say which of them go
 MERGED = {**ALIKE, "placement": "before_mlp", "reduce": "merge", "proportional": True}
+TURNS = {**MERGED, "split": "alternate"}
 # patches that DiffRate publishes for DeiT-S at 2.9 G, after each layer's merging (196 enter)
 DIFFRATE_DEIT_S = (196, 193, 175, 155, 140, 132, 120, 106, 87, 63, 55, 2)
 
@@ -91,7 +93,6 @@ CANDIDATES = (
     Candidate("ToMe", {}, "own", kind="ToMe", keeps=KEEPS, group="methods"),
     Candidate("page rank, full", WPR, keeps=KEEPS, group="methods"),
     Candidate("one vote", VOTE, keeps=KEEPS, group="methods"),
-    Candidate("alike tokens merged", MERGED, "even", keeps=KEEPS, group="methods"),
     Candidate("random 0", {**WPR, **BARE, "score": "random", "seed": 0}, keeps=KEEPS, group="methods"),
     Candidate("class attention", {**WPR, **BARE, "score": "cls"}, keeps=KEEPS, group="methods"),
     Candidate("landmark votes", {**WPR, "score": "landmark"}, keeps=KEEPS, group="methods"),
@@ -104,26 +105,27 @@ CANDIDATES = (
         group="methods",
     ),
     # stages of the method, added one by one, as in the paper's table
-    Candidate("page rank alone", {**WPR, **BARE, "heads": "mean"}),
-    Candidate("+ RMS over heads", {**WPR, **BARE}),
-    Candidate("+ head filter", {**WPR, "similarity_share": 0.0}),
-    Candidate("+ similarity (= page rank, full)", WPR),
-    Candidate("page rank, uniform start", {**WPR, "start": "uniform"}),
-    Candidate("page rank, 1 step", {**WPR, "steps": (1, 1, 1)}),
-    Candidate("page rank, 30 steps", {**WPR, "steps": (30, 30, 30)}),
-    Candidate("one vote, no similarity", {**VOTE, "similarity_share": 0.0}),
-    Candidate("class attention, with similarity", {**WPR, "score": "cls"}),
+    Candidate("page rank alone", {**WPR, **BARE, "heads": "mean"}, keeps=(MAIN,)),
+    Candidate("+ RMS over heads", {**WPR, **BARE}, keeps=(MAIN,)),
+    Candidate("+ head filter", {**WPR, "similarity_share": 0.0}, keeps=(MAIN,)),
+    Candidate("+ similarity (= page rank, full)", WPR, keeps=(MAIN,)),
+    Candidate("page rank, uniform start", {**WPR, "start": "uniform"}, keeps=(MAIN,)),
+    Candidate("page rank, 1 step", {**WPR, "steps": (1, 1, 1)}, keeps=(MAIN,)),
+    Candidate("page rank, 30 steps", {**WPR, "steps": (30, 30, 30)}, keeps=(MAIN,)),
+    Candidate("one vote, no similarity", {**VOTE, "similarity_share": 0.0}, keeps=(MAIN,)),
+    Candidate("class attention, with similarity", {**WPR, "score": "cls"}, keeps=(MAIN,)),
     # how tokens go, and where: step by step from the one vote to what merges
     Candidate("one vote, similarity decides alone", ALIKE, group="reduction"),
     Candidate("+ before the MLP", {**ALIKE, "placement": "before_mlp"}, group="reduction"),
     Candidate("+ merged", {**MERGED, "proportional": False}, group="reduction"),
     Candidate("+ proportional attention", MERGED, group="reduction"),
     Candidate("+ in every second layer", MERGED, "every second", group="reduction"),
-    Candidate("+ the same number in each (= alike tokens merged)", MERGED, "even", group="reduction"),
-    Candidate("the same with mlerp", {**MERGED, "reduce": "mlerp"}, "even", group="reduction"),
-    Candidate("the same, split by page rank", {**MERGED, "score": "wpr"}, "even", group="reduction"),
-    Candidate("the same, split by class attention", {**MERGED, "score": "cls"}, "even", group="reduction"),
-    Candidate("the same, dropped", {**ALIKE, "placement": "before_mlp"}, "even", group="reduction"),
+    Candidate("+ the same number in each", MERGED, "even", group="reduction"),
+    Candidate("+ alternate split (= default)", TURNS, "even", group="reduction"),
+    Candidate("the same, with mlerp", {**TURNS, "reduce": "mlerp"}, "even", group="reduction"),
+    Candidate("the same, split by page rank", {**TURNS, "score": "wpr"}, "even", group="reduction"),
+    Candidate("the same, split by class attention", {**TURNS, "score": "cls"}, "even", group="reduction"),
+    Candidate("the same, dropped", {**TURNS, "reduce": "drop", "proportional": False}, "even", group="reduction"),
     Candidate("page rank, full, merged", {**WPR, "reduce": "merge", "proportional": True}, group="reduction"),
 )
 TUNING = (
@@ -133,10 +135,11 @@ TUNING = (
         for share in (0.0, 0.15, 0.3, 0.5, 0.75, 1.0)
     ),
     *(
-        Candidate(f"merged: {score}, share {share:g}", {**MERGED, "score": score, "similarity_share": share}, "even")
-        for score in ("wpr", "vote")
-        for share in (0.0, 0.5, 1.0)
+        Candidate(f"merged: {score}, {split}", {**MERGED, "score": score, "split": split}, "even")
+        for score in ("wpr", "vote", "cls")
+        for split in ("halves", "alternate")
     ),
+    Candidate("merged: vote, alternate, share 0.5", {**TURNS, "similarity_share": 0.5}, "even"),
     Candidate("ToMe", {}, "own", kind="ToMe"),
 )
 QUICK = ("default", "ToMe", "page rank, full", "one vote", "random 0")

@@ -25,25 +25,26 @@ from genprune.metrics.bootstrap import bootstrap_interval, median
 from genprune.metrics.latency import LatencyComparison, compare_latency
 from genprune.tokens.choice import Choice, LayerView
 from genprune.tokens.reducing import reduce_tokens
-from scripts.tokens.candidates import CANDIDATES, KEEPS, MAIN, WPR, Planner
+from scripts.tokens.candidates import CANDIDATES, KEEPS, MAIN, VOTE, WPR, Planner
 
 RATES = {2: 0.9, 5: 0.8, 8: 0.7}  # share of the patches kept after each of three blocks
-BARE_VOTE = {**WPR, "score": "vote", "similarity_share": 0.0}
+BARE_VOTE = {**VOTE, "similarity_share": 0.0}
+PUBLISHED = {"keep": MAIN, "fall": "rate"}  # after three blocks
 SCORES = {
     "vote": gp.ZeroTPrune(keep=RATES, **BARE_VOTE),
     "full": gp.ZeroTPrune(keep=RATES, **WPR),
-    "default": gp.ZeroTPrune(keep=RATES),
+    "vote, merged": gp.ZeroTPrune(keep=RATES, reduce="merge", placement="after_block"),
 }
 LONG_SCORES = {
     "landmark": gp.ZeroTPrune(keep=RATES, **{**BARE_VOTE, "score": "landmark"}),
     "landmark, with similarity": gp.ZeroTPrune(keep=RATES, **{**WPR, "score": "landmark"}),
-    "default": gp.ZeroTPrune(keep=RATES),
+    "landmark, merged": gp.ZeroTPrune(keep=RATES, score="landmark", reduce="merge", placement="after_block"),
 }
 AT_EQUAL_MACS = {
     "default": gp.ZeroTPrune(keep=MAIN),
-    "one vote": gp.ZeroTPrune(keep=MAIN, **BARE_VOTE),
-    "page rank, full": gp.ZeroTPrune(keep=MAIN, **WPR),
-    "random": gp.ZeroTPrune(keep=MAIN, **{**BARE_VOTE, "score": "random"}),
+    "one vote": gp.ZeroTPrune(**PUBLISHED, **BARE_VOTE),
+    "page rank, full": gp.ZeroTPrune(**PUBLISHED, **WPR),
+    "random": gp.ZeroTPrune(**PUBLISHED, **{**BARE_VOTE, "score": "random"}),
     "ToMe": gp.ToMe(keep=MAIN),
 }
 
@@ -130,7 +131,7 @@ def overheads(
         return call
 
     calls: dict[str, Callable[[], object]] = {"dense": lambda: model(images)}
-    spaced = pruned(model, EvenlySpaced(keep=RATES))
+    spaced = pruned(model, EvenlySpaced(keep=RATES, reduce="drop", placement="after_block"))
     calls["evenly spaced"] = lambda: spaced(images)
     for name, method in scores.items():
         calls[f"{name}, alone"] = choosing(method)

@@ -18,13 +18,17 @@ class Tokens(NamedTuple):
         count: patches of the full grid.
         origin: `(B, n)`, the place of each in the full grid; None: all are there, in order.
         stands: `(B, count)`, for each place of the grid the patch, 0..n-1, that stands for it; None: not tracked.
-        size: `(B, n)`, how many patches each one was merged from; None: 1 each.
+        size: `(B, n)`, how many patches each one was merged from, 0 for padding; None: 1 each.
+        valid: `(B, n)` bool, False for padding; None: no padding.
+        grid: layers hand on the full grid, and reduce it for themselves.
     """
 
     count: int
     origin: Tensor | None = None
     stands: Tensor | None = None
     size: Tensor | None = None
+    valid: Tensor | None = None
+    grid: bool = False
 
 
 class TokenState:
@@ -37,18 +41,22 @@ class TokenState:
         method: what decides.
         schedule: per layer, how many patches stay: `(after, before)`, or None.
         at: per layer, the `Tokens` before it; one more entry for what leaves the last one.
-        query, key: per layer, `(B, H, N, d)` of the layer that just ran, where it will be scored.
+        query, key: per layer, `(B, H, N, d)` of the layer that runs, where it will be scored.
         rope, bias: per layer, the rotary embedding and the attention bias that it was given.
         residual, branch: per layer, the stream and the MLP's output between two hooks of one block.
         full: the full grid of hidden states between two hooks of one block.
-        dense: layers hand on the full grid, and reduce it for themselves.
+        dense: the next call's layers shall hand on the full grid, and reduce it for themselves.
+        grid: the same of the call that runs. Set at its start, because a checkpointed block runs once more when
+            `dense` may be another one.
     """
+
+    _of_a_call = ("at", "query", "key", "rope", "bias", "residual", "branch", "full")
 
     def __init__(self, method: TokenMethod, depth: int):
         self.method = method
         self.depth = depth
         self.schedule: tuple[Kept, ...] = (None,) * depth
-        self.dense = False
+        self.dense = self.grid = False
         self.clear()
 
     def clear(self) -> None:
@@ -72,10 +80,7 @@ class TokenState:
 
     def __getstate__(self) -> dict:
         """Without the tensors of the last call."""
-        state = dict(self.__dict__)
-        for name in ("at", "query", "key", "rope", "bias", "residual", "branch", "full"):
-            state.pop(name)
-        return state
+        return {name: value for name, value in self.__dict__.items() if name not in self._of_a_call}
 
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state)

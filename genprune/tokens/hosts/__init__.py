@@ -15,7 +15,16 @@ from genprune.errors import UnsupportedModel
 from genprune.tokens.methods import TokenMethod
 from genprune.tokens.state import TokenState
 
-HOSTS = ("timm_features", "timm_vit", "timm_bias", "timm_naflex", "diffusion_transformers", "unet")  # modules of this package, asked in this order
+# Modules of this package, asked in this order.
+HOSTS = (
+    "timm_features",
+    "timm_vit",
+    "timm_bias",
+    "timm_naflex",
+    "timm_sam",
+    "timm_encoders",
+    "timm_refused",
+)
 
 
 class TokenHost(Protocol):

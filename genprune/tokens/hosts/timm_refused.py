@@ -63,6 +63,6 @@ def host_of(model: nn.Module) -> None:
     reason = REASONS.get(module.removeprefix("timm.models.")) if module.startswith("timm.models.") else None
     if reason is not None:
         raise UnsupportedModel(
-            f"tokens of {type(model).__name__} cannot be reduced: {reason}. Expected one sequence of tokens through all "
-            "blocks; `docs/tokens-supported.md` lists the classes of timm that have it."
+            f"tokens of {type(model).__name__} cannot be reduced: {reason}. Expected one sequence of tokens through "
+            "all blocks; `docs/tokens-supported.md` lists the classes of timm that have it."
         )

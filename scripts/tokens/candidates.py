@@ -62,7 +62,7 @@ class Candidate:
     settings: dict[str, Any]
     schedule: str = "thirds"
     kind: str = "ZeroTPrune"
-    keeps: tuple[float, ...] = KEEPS[1:]
+    keeps: tuple[float, ...] = (MAIN,)
     group: str = "ablation"
 
 
@@ -94,10 +94,10 @@ CANDIDATES = (
     Candidate("page rank, full", WPR, keeps=KEEPS, group="methods"),
     Candidate("one vote", VOTE, keeps=KEEPS, group="methods"),
     Candidate("random 0", {**WPR, **BARE, "score": "random", "seed": 0}, keeps=KEEPS, group="methods"),
-    Candidate("class attention", {**WPR, **BARE, "score": "cls"}, keeps=KEEPS, group="methods"),
-    Candidate("landmark votes", {**WPR, "score": "landmark"}, keeps=KEEPS, group="methods"),
-    Candidate("random 1", {**WPR, **BARE, "score": "random", "seed": 1}, keeps=KEEPS, group="methods"),
-    Candidate("random 2", {**WPR, **BARE, "score": "random", "seed": 2}, keeps=KEEPS, group="methods"),
+    Candidate("class attention", {**WPR, **BARE, "score": "cls"}, keeps=KEEPS[1:], group="methods"),
+    Candidate("landmark votes", {**WPR, "score": "landmark"}, keeps=KEEPS[1:], group="methods"),
+    Candidate("random 1", {**WPR, **BARE, "score": "random", "seed": 1}, group="methods"),
+    Candidate("random 2", {**WPR, **BARE, "score": "random", "seed": 2}, group="methods"),
     Candidate(
         "DiffRate's counts, class attention, merged",
         {**MERGED, **BARE, "score": "cls"},
@@ -105,15 +105,15 @@ CANDIDATES = (
         group="methods",
     ),
     # stages of the method, added one by one, as in the paper's table
-    Candidate("page rank alone", {**WPR, **BARE, "heads": "mean"}, keeps=(MAIN,)),
-    Candidate("+ RMS over heads", {**WPR, **BARE}, keeps=(MAIN,)),
-    Candidate("+ head filter", {**WPR, "similarity_share": 0.0}, keeps=(MAIN,)),
-    Candidate("+ similarity (= page rank, full)", WPR, keeps=(MAIN,)),
-    Candidate("page rank, uniform start", {**WPR, "start": "uniform"}, keeps=(MAIN,)),
-    Candidate("page rank, 1 step", {**WPR, "steps": (1, 1, 1)}, keeps=(MAIN,)),
-    Candidate("page rank, 30 steps", {**WPR, "steps": (30, 30, 30)}, keeps=(MAIN,)),
-    Candidate("one vote, no similarity", {**VOTE, "similarity_share": 0.0}, keeps=(MAIN,)),
-    Candidate("class attention, with similarity", {**WPR, "score": "cls"}, keeps=(MAIN,)),
+    Candidate("page rank alone", {**WPR, **BARE, "heads": "mean"}),
+    Candidate("+ RMS over heads", {**WPR, **BARE}),
+    Candidate("+ head filter", {**WPR, "similarity_share": 0.0}),
+    Candidate("+ similarity (= page rank, full)", WPR),
+    Candidate("page rank, uniform start", {**WPR, "start": "uniform"}),
+    Candidate("page rank, 1 step", {**WPR, "steps": (1, 1, 1)}),
+    Candidate("page rank, 30 steps", {**WPR, "steps": (30, 30, 30)}),
+    Candidate("one vote, no similarity", {**VOTE, "similarity_share": 0.0}),
+    Candidate("class attention, with similarity", {**WPR, "score": "cls"}),
     # how tokens go, and where: step by step from the one vote to what merges
     Candidate("one vote, similarity decides alone", ALIKE, group="reduction"),
     Candidate("+ before the MLP", {**ALIKE, "placement": "before_mlp"}, group="reduction"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import io
 import json
@@ -203,8 +204,6 @@ def test_names_are_unique_and_keys_say_what_is_the_same(model):
     assert twice == {
         "page rank, full",
         "+ similarity (= page rank, full)",
-        "alike tokens merged",
-        "+ the same number in each (= alike tokens merged)",
     }
     assert len([row for row in rows if row.candidate.schedule == "published"]) == 1
     assert not [row for row in Planner(model).rows(CANDIDATES, 0.5) if row.candidate.schedule == "published"]
@@ -212,17 +211,8 @@ def test_names_are_unique_and_keys_say_what_is_the_same(model):
 
 def test_settings_are_spelled_out(model):
     """Beside `default` and ToMe no row may move when a default of the method does."""
-    import dataclasses
-
-    free = {
-        "keep",
-        "of",
-        "layers",
-        "restore",
-        "landmarks",
-        "dense_limit",
-        "seed",
-    }  # counts given; the rest is constant
+    # counts are given for each layer, and the rest makes no difference or is one number
+    free = {"keep", "of", "layers", "fall", "restore", "landmarks", "dense_limit", "seed"}
     needed = {field.name for field in dataclasses.fields(gp.ZeroTPrune)} - free
     for candidate in (*CANDIDATES, *TUNING):
         if candidate.schedule != "own":
@@ -284,7 +274,7 @@ def test_overheads_are_shares_of_the_dense_time(model):
 
 
 def test_evenly_spaced_tokens_are_kept(model):
-    spaced = speed.pruned(model, speed.EvenlySpaced(keep={2: 16}))
+    spaced = speed.pruned(model, speed.EvenlySpaced(keep={2: 16}, reduce="drop", placement="after_block"))
     assert spaced.forward_features(torch.randn(1, 3, 32, 32)).shape == (1, 17, 32)
     assert speed._even(1, 4, 8).tolist() == [[0, 2, 4, 6]]
     shared = dict(spaced.named_parameters())

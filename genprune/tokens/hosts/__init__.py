@@ -23,6 +23,8 @@ HOSTS = (
     "timm_naflex",
     "timm_sam",
     "timm_encoders",
+    "diffusion_transformers",
+    "unet",
     "timm_refused",
 )
 

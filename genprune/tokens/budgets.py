@@ -130,7 +130,7 @@ class Budgets:
         model = self.time_model(method)
 
         def predicted(counts: Counts) -> float:
-            return model.share(self.rough_share(counts, method), _acting(counts, self.host)) + offset
+            return model.share(self.rough_share(counts, method), acting(counts, self.host)) + offset
 
         for _ in range(_TRIES):
             try:
@@ -159,7 +159,7 @@ class Budgets:
             schedules = schedules or self._usual(method)
             timed = self.timing.measure(self.host, {name: (method, one) for name, one in schedules.items()})
             points = [
-                (self.share(one, method), _acting(one, self.host), timed.ratio[name].estimate)
+                (self.share(one, method), acting(one, self.host), timed.ratio[name].estimate)
                 for name, one in schedules.items()
             ]
             self._time_models[settings] = TimeModel.through(points)
@@ -186,6 +186,6 @@ class Budgets:
         return Measured(ratio.estimate, ratio.low, ratio.high, self.timing.batch_size, timed.device)
 
 
-def _acting(counts: Counts, host: TokenHost) -> int:
+def acting(counts: Counts, host: TokenHost) -> int:
     """How many layers remove something."""
     return sum(kept is not None for kept in per_layer(counts, host))

@@ -167,7 +167,7 @@ def token_presets() -> dict[str, TokenPreset]:
 
 
 def _published(model: str, source: str, keep: Mapping[int, float | int], **settings: Any) -> TokenPreset:
-    return TokenPreset(ZeroTPrune(keep=keep, **settings), 196, 12, model, {}, f"published: {source}")
+    return TokenPreset(ZeroTPrune.published(keep=keep, **settings), 196, 12, model, {}, f"published: {source}")
 
 
 _AUTHOR = "an earlier class project of Zero-TPrune's author"

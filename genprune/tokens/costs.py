@@ -14,6 +14,7 @@ from genprune.costs import meta_copy
 from genprune.tokens.choice import Choice, LayerView
 from genprune.tokens.hosts import TokenHost, host_of
 from genprune.tokens.methods import TokenMethod
+from genprune.tokens.pagerank import steps_at
 from genprune.tokens.schedule import per_layer
 from genprune.tokens.state import Kept, TokenState
 
@@ -87,7 +88,7 @@ class TokenCosts:
         self._rest = _polynomial(places, [run[""] - sum(blocks) for run, blocks in zip(runs, inside)])
         self.dense = runs[-1][""]
         self._known: dict[tuple, int] = {}
-        self._parabolas: dict[tuple[int, str], tuple[int, ...]] = {}
+        self._parabolas: dict[tuple, tuple[int, ...]] = {}
 
     def layers(self, counts: Mapping[int, int], placement: str = "after_block") -> list[tuple[int, int]]:
         """Per layer: patches that it is given, and its multiply-accumulates, scoring not included."""
@@ -116,30 +117,37 @@ class TokenCosts:
 
     def rough(self, counts: Mapping[int, int], method: TokenMethod) -> int:
         """`total` with the scoring of each layer by a parabola: microseconds, and near enough to search with."""
-        settings = scoring_settings(method)
         total = self.macs(counts, method.placement)
         for layer, kept in enumerate(per_layer(counts, self.host)):
             if kept is not None:
-                total += max(0, _value(self._parabola(layer, method, settings), kept[1]))
+                total += max(0, _value(self._parabola(layer, method), kept[1]))
         return total
 
-    def _parabola(self, layer: int, method: TokenMethod, settings: str) -> tuple[int, ...]:
+    def _parabola(self, layer: int, method: TokenMethod) -> tuple[int, ...]:
         """Multiply-accumulates of choosing three quarters of the patches, by number of patches."""
-        if (layer, settings) not in self._parabolas:
+        share = getattr(method, "similarity_share", 0)
+        if 0 < share < 1:  # how much the similarity stage removes hardly matters, only that it runs
+            method = method.changed(similarity_share=0.5)
+        key = (self._kind(layer), scoring_settings(method))
+        if key not in self._parabolas:
             full = self.host.patches
             places = sorted({max(2, full * quarter // 4) for quarter in (2, 3, 4)} if full > 1 else {1})
-            values = [self._choosing(layer, (max(1, n * 3 // 4), n), method, settings) for n in places]
-            self._parabolas[layer, settings] = _polynomial(places, values)
-        return self._parabolas[layer, settings]
+            values = [self._choosing(layer, (max(1, n * 3 // 4), n), method, key[1]) for n in places]
+            self._parabolas[key] = _polynomial(places, values)
+        return self._parabolas[key]
+
+    def _kind(self, layer: int) -> tuple:
+        """What is alike in layers where choosing costs the same."""
+        seen = self._seen(layer)
+        return seen.query, seen.key, steps_at((0, 1, 2), layer, self.depth)
 
     def _choosing(self, layer: int, kept: Kept, method: TokenMethod, settings: str) -> int:
         if kept is None:
             return 0
         after, before = kept
-        seen = self._seen(layer)
-        key = (seen.query, seen.key, layer, before, after, settings)
+        key = (self._kind(layer), before, after, settings)
         if key not in self._known:
-            self._known[key] = seen.cost(method, before, after)
+            self._known[key] = self._seen(layer).cost(method, before, after)
         return self._known[key]
 
     def _seen(self, layer: int) -> _Seen:

@@ -251,7 +251,7 @@ class _Run:
         return self._measure(candidate, counts, budget, kind)
 
     def _measure(self, candidate: Candidate, counts: Counts, budget: float, kind: str) -> bool:
-        share = None if candidate.similarity_share is None else round(candidate.similarity_share, 3)
+        share = None if candidate.similarity_share is None else round(candidate.similarity_share, 2)
         if any(one.counts == counts and one.similarity_share == share for one in self.trials):
             return False
         method = self._method(candidate)
@@ -272,7 +272,7 @@ class _Run:
     def _method(self, candidate: Candidate) -> TokenMethod:
         if candidate.similarity_share is None:
             return self.method
-        return self.method.changed(similarity_share=round(candidate.similarity_share, 3))
+        return self.method.changed(similarity_share=round(candidate.similarity_share, 2))
 
     def _share_of(self, candidate: Candidate):
         method = self._method(candidate)

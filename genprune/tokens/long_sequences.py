@@ -30,14 +30,14 @@ class BlockedGraph:
     def __init__(self, q: Tensor, k: Tensor, scale: float, bias: Tensor | None = None, temperature: float = 1.0):
         self.q, self.k, self.scale, self.bias, self.temperature = q, k, scale, bias, temperature
 
-    def scores(self, alive: Tensor, class_weighted: bool, steps: int) -> Tensor:
+    def scores(self, alive: Tensor, class_weighted: bool, steps: int, everyone: bool = False) -> Tensor:
         """See `pagerank.Graph`."""
         scores = start_scores(alive, class_weighted, torch.promote_types(self.q.dtype, torch.float32))[:, None]
         for _ in range(steps):
-            scores = self._passed(scores, alive)  # (B, H, N)
+            scores = self._passed(scores, None if everyone else alive)  # (B, H, N)
         return scores
 
-    def _passed(self, scores: Tensor, alive: Tensor) -> Tensor:
+    def _passed(self, scores: Tensor, alive: Tensor | None) -> Tensor:
         """One update for scores of shape `(B, 1, N)` or `(B, H, N)`."""
         received = 0
         for first in range(0, self.q.shape[2], BLOCK):

@@ -24,9 +24,8 @@ from genprune.tokens.pagerank import SPLITS, DenseGraph, Graph, best_patches, ch
 from genprune.tokens.reducing import REDUCTIONS, RESTORES
 
 FORMAT_VERSION = 1
-AUTO_DENSE_SCORE = "vote"  # what `score="auto"` means up to `dense_limit` tokens
 STEPS = (5, 5, 1)  # of WPR: first quarter, middle half, last quarter of the layers
-SCORES = ("auto", "wpr", "vote", "cls", "landmark", "random")
+SCORES = ("landmark", "vote", "wpr", "cls", "random")
 
 
 @dataclass(frozen=True)
@@ -177,9 +176,9 @@ class ZeroTPrune(TokenMethod):
     are merged, in every second layer. `ZeroTPrune.published()` has the paper's own settings.
 
     Args:
-        score: how tokens are ranked. `wpr`: PageRank. `vote`: its first step from a uniform start. `cls`: the class
-            token's attention. `landmark`: some tokens vote for all. `random`: by `seed`, without the similarity
-            stage. `auto`: a score on the whole map up to `dense_limit` tokens, `landmark` above.
+        score: how tokens are ranked. `landmark`: some tokens vote for all. `vote`: all do. `wpr`: PageRank, whose
+            first step from a uniform start is a vote. `cls`: the class token's attention. `random`: by `seed`,
+            without the similarity stage.
         start: `cls`: the class token votes with sqrt(N) times the weight. `uniform`. `auto`: `cls` for wpr and
             landmark where there is a class token, else uniform.
         steps: of wpr: a number, or one each for the first quarter, the middle half and the last quarter of the
@@ -204,7 +203,7 @@ class ZeroTPrune(TokenMethod):
     reduce: str = "auto"
     placement: str = "auto"
     proportional: bool = True
-    score: str = "auto"
+    score: str = "landmark"
     start: str = "auto"
     steps: int | tuple[int, int, int] | None = None
     heads: str = "rms"
@@ -258,15 +257,9 @@ class ZeroTPrune(TokenMethod):
         }
         return cls(**{**paper, **settings})
 
-    def score_at(self, tokens: int) -> str:
-        """The score on a sequence of so many tokens: `score`, with `auto` decided."""
-        if self.score != "auto":
-            return self.score
-        return AUTO_DENSE_SCORE if tokens <= self.dense_limit else "landmark"
-
     def _chosen(self, q: Tensor, k: Tensor, keep: int, view: LayerView) -> Choice:
         batch, _, tokens, _ = k.shape
-        score = self.score_at(tokens)
+        score = self.score
         needed = self._wants_target(view) or (self.similarity_share > 0 and score != "random")
         metric = unit_keys(k[:, :, view.prefix :], self.keys) if needed else None
         if score == "random":
@@ -286,6 +279,7 @@ class ZeroTPrune(TokenMethod):
             bounds=self.head_filter,
             similarity_share=self.similarity_share,
             split=self.split,
+            everyone=view.valid is None,
             wants_target=self._wants_target(view),
         )
 

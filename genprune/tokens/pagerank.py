@@ -26,10 +26,7 @@ SPLITS = ("alternate", "halves")
 
 
 def vote_weights(q: Tensor, k: Tensor, scale: float, bias: Tensor | None = None, temperature: float = 1.0) -> Tensor:
-    """exp((scale q k^T + bias) / temperature), each row divided by its largest entry; at least float32.
-
-    The attention map but for the row sums, which depend on who is alive (`page_rank` divides by them). One buffer is
-    filled and changed in place: at these sizes a second one costs as much as the arithmetic.
+    """The attention map A = softmax((scale q k^T + bias) / temperature), at least float32.
 
     Args:
         q: queries of the R voters, shape `(B, H, R, d)`.
@@ -38,13 +35,13 @@ def vote_weights(q: Tensor, k: Tensor, scale: float, bias: Tensor | None = None,
         temperature: > 0; below 1 votes concentrate on fewer tokens.
 
     Returns:
-        Values in [0, 1], shape `(B, H, R, N)`.
+        Rows that sum to 1, shape `(B, H, R, N)`.
     """
     dtype = torch.promote_types(q.dtype, torch.float32)
     logits = (q.to(dtype) * (scale / temperature)) @ k.to(dtype).transpose(-1, -2)
     if bias is not None:
-        logits.add_(bias.to(dtype) / temperature)
-    return logits.sub_(logits.amax(-1, keepdim=True)).exp_()
+        logits = logits.add_(bias.to(dtype) / temperature)
+    return logits.softmax(-1)
 
 
 def start_scores(alive: Tensor, class_weighted: bool, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -64,20 +61,20 @@ def start_scores(alive: Tensor, class_weighted: bool, dtype: torch.dtype = torch
     return start * (count / start.sum(-1, keepdim=True))
 
 
-def page_rank(votes: Tensor, steps: int, start: Tensor, alive: Tensor) -> Tensor:
+def page_rank(votes: Tensor, steps: int, start: Tensor, alive: Tensor | None = None) -> Tensor:
     """Importance of each token: votes passed along the attention graph, higher = keep.
 
-    With Z[i] = sum_j votes[i, j] over the living tokens j, A = votes / Z is the softmax over their keys alone. Neither
-    A nor the survivors' part of it is ever written down: removing tokens costs two more products with a vector.
+    After a removal rows are divided by what they give to the living, which is the softmax over their keys alone: the
+    survivors' part of A is never written down, and removing tokens costs two more products with a vector.
 
     There is no damping and no renormalisation: rows of A sum to 1, so that the sum of s stays. Few steps are meant:
     A^T has one fixed point, and in the limit the start is forgotten, a class token's weight with it.
 
     Args:
-        votes: see `vote_weights`, shape `(B, H, R, N)`; row i is how voter i splits its vote. R = N for steps > 1.
+        votes: A, shape `(B, H, R, N)`; row i is how voter i splits its vote. R = N for steps > 1.
         steps: updates, >= 1. Fixed per layer, so that the loop compiles.
         start: first scores of the voters, 0 for one that is not alive, shape `(B, R)` or `(B, H, R)`.
-        alive: bool, shape `(B, N)`.
+        alive: bool, shape `(B, N)`; None: all.
 
     Returns:
         Shape `(B, H, N)`, 0 where not alive.
@@ -85,16 +82,17 @@ def page_rank(votes: Tensor, steps: int, start: Tensor, alive: Tensor) -> Tensor
     Reference:
         Zero-TPrune, Weighted Page Rank: s_{t+1}[j] = sum_i A[i, j] s_t[i], that is s <- A^T s.
     """
-    living = alive.to(votes.dtype)[:, None, None]  # (B, 1, 1, N)
-    # A voter all of whose attention was on removed tokens (87 nats above the rest) has no say, rather than NaN.
-    total = (
-        (votes @ living.expand(-1, votes.shape[1], -1, -1).contiguous().transpose(-1, -2))
-        .clamp(min=torch.finfo(votes.dtype).tiny)
-        .transpose(-1, -2)
-    )
     scores = (start if start.ndim == 3 else start[:, None])[:, :, None]  # (B, 1 or H, 1, R)
+    if alive is None:
+        for _ in range(steps):
+            scores = scores @ votes  # (B, H, 1, N)
+        return scores[:, :, 0]
+    living = alive.to(votes.dtype)[:, None, None]  # (B, 1, 1, N)
+    given = votes @ living.expand(-1, votes.shape[1], -1, -1).transpose(-1, -2)  # (B, H, R, 1)
+    # A voter all of whose attention was on removed tokens (87 nats above the rest) has no say, rather than NaN.
+    given = given.clamp(min=torch.finfo(votes.dtype).tiny).transpose(-1, -2)
     for _ in range(steps):
-        scores = ((scores / total) @ votes) * living  # (B, H, 1, N)
+        scores = ((scores / given) @ votes) * living
     return scores[:, :, 0]
 
 
@@ -172,8 +170,11 @@ def redundant(metric: Tensor, importance: Tensor, count: int, alive: Tensor, spl
 class Graph(Protocol):
     """Who votes for whom: the attention of a layer, held as a map or not."""
 
-    def scores(self, alive: Tensor, class_weighted: bool, steps: int) -> Tensor:
-        """Votes among the living tokens (bool `(B, N)`), shape `(B, H, N)`; rows are normalised over them alone."""
+    def scores(self, alive: Tensor, class_weighted: bool, steps: int, everyone: bool = False) -> Tensor:
+        """Votes among the living tokens (bool `(B, N)`), shape `(B, H, N)`; rows are normalised over them alone.
+
+        `everyone` says that all are alive, which a tensor cannot say before it is computed.
+        """
 
 
 class DenseGraph:
@@ -188,12 +189,12 @@ class DenseGraph:
     def __init__(self, votes: Tensor, voters: Tensor | None = None, weight: Tensor | None = None):
         self.votes, self.voters, self.weight = votes, voters, weight
 
-    def scores(self, alive: Tensor, class_weighted: bool, steps: int) -> Tensor:
+    def scores(self, alive: Tensor, class_weighted: bool, steps: int, everyone: bool = False) -> Tensor:
         """See `Graph`."""
         start = start_scores(alive, class_weighted, self.votes.dtype)
         if self.voters is not None:
             start = self._spoken(start, alive)
-        return page_rank(self.votes, steps, start, alive)
+        return page_rank(self.votes, steps, start, None if everyone else alive)
 
     def _spoken(self, start: Tensor, alive: Tensor) -> Tensor:
         """What each voter gives, shape `(B, R)`: its own start times whom it speaks for; the sum as with all."""
@@ -214,6 +215,7 @@ def importance(
     class_weighted: bool,
     heads: str = "rms",
     bounds: tuple[float, float] | None = (0.01, 0.7),
+    everyone: bool = False,
 ) -> Tensor:
     """The importance stage: WPR per head, VHF, EIR.
 
@@ -225,11 +227,12 @@ def importance(
         class_weighted: see `start_scores`.
         heads: see `combine_heads`.
         bounds: see `head_filter`. None: no head is dropped.
+        everyone: all are alive.
 
     Returns:
         One score per patch, shape `(B, n)`; -inf where not alive.
     """
-    scores = graph.scores(alive, class_weighted, steps)  # (B, H, N)
+    scores = graph.scores(alive, class_weighted, steps, everyone)  # (B, H, N)
     weight = None if bounds is None else head_filter(scores, alive, prefix, bounds)
     combined = combine_heads(scores[:, :, prefix:], heads, weight)
     return combined.masked_fill(~alive[:, prefix:], -torch.inf)
@@ -248,6 +251,7 @@ def choose_tokens(
     bounds: tuple[float, float] | None = (0.01, 0.7),
     similarity_share: float = 0.3,
     split: str = "halves",
+    everyone: bool = False,
     wants_target: bool = False,
 ) -> Choice:
     """A pruning layer, I' -> S -> I.
@@ -266,6 +270,7 @@ def choose_tokens(
         similarity_share: how much of what goes is removed by S, 0 to 1. 0 leaves S and I' out. S removes at most
             n // 2.
         split: see `redundant`.
+        everyone: `alive` is True everywhere: there is no padding.
         wants_target: whether removed patches get the kept one that is most similar.
         steps, class_weighted, heads, bounds: see `importance`.
 
@@ -284,13 +289,13 @@ def choose_tokens(
         return Choice(kept, kept if wants_target else None)
     gone = min(round(similarity_share * (patches - keep)), patches // 2)
     if gone:
-        ranks = importance(graph, alive, prefix, steps=1, **settings)
+        ranks = importance(graph, alive, prefix, steps=1, everyone=everyone, **settings)
         removed = redundant(metric, ranks, gone, ~padding, split)
         alive = alive.scatter(1, removed + prefix, False)
     if patches - gone == keep:  # S has done it all
         kept = complement(removed, patches)
     else:
-        scores = importance(graph, alive, prefix, steps=steps, **settings)
+        scores = importance(graph, alive, prefix, steps=steps, everyone=everyone and not gone, **settings)
         kept = best_patches(scores, keep)
     return Choice(kept, nearest_kept(metric, kept, padding) if wants_target else None)
 

@@ -155,9 +155,18 @@ def test_padding_goes_first_and_shapes_do_not_depend_on_the_data(score, reduce):
     assert method.choose(torch.zeros_like(q), torch.zeros_like(k), 15, view).kept.shape == (2, 15)  # all tied
 
 
-def test_auto_turns_to_landmarks_above_the_limit():
-    assert ZeroTPrune().score_at(601) == "landmark" and ZeroTPrune().score_at(600) in ("wpr", "vote")
-    assert ZeroTPrune(score="wpr").score_at(9999) == "wpr"
+def test_the_papers_settings_by_name_and_replaced():
+    paper = ZeroTPrune.published(keep=0.5, steps=3)
+    assert (paper.keep, paper.steps, paper.score, paper.reduce, paper.split) == (0.5, 3, "wpr", "drop", "halves")
+    assert ZeroTPrune.published(reduce="merge").reduce == "merge"
+
+
+def test_auto_is_decided_by_what_the_host_can_do_and_nothing_else_changes():
+    method = ZeroTPrune(keep=0.4)
+    assert method.settled(merges=True, before_mlp=True) == method.changed(reduce="merge", placement="before_mlp")
+    assert method.settled(merges=False, before_mlp=False) == method.changed(reduce="drop", placement="after_block")
+    asked = method.changed(reduce="mlerp", placement="after_block")
+    assert asked.settled(merges=True, before_mlp=True) == asked
 
 
 COMPILED = [

@@ -61,6 +61,8 @@ _LAZY = {
     "preset_cards": "genprune.presets",
     "preset_plan": "genprune.presets",
     "prune_tokens": "genprune.tokens.handle",
+    "search_tokens": "genprune.tokens.search",
+    "token_presets": "genprune.tokens.presets",
     "ZeroTPrune": "genprune.tokens.methods",
     "ToMe": "genprune.tokens.methods",
     "load_pipeline": "genprune.pipelines",

@@ -69,7 +69,7 @@ def genprune(*arguments: object, code: int = 0):
 
 def test_help_names_every_command():
     text, _ = genprune("--help")
-    for command in ("demo", "inspect", "prune", "recover", "bench", "methods"):
+    for command in ("demo", "inspect", "prune", "recover", "tokens", "bench", "methods"):
         assert command in text
         assert "--help" in genprune(command, "--help")[0]
 

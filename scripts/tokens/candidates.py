@@ -91,6 +91,14 @@ class Row:
 CANDIDATES = (
     Candidate("default", {}, "own", keeps=KEEPS, group="methods"),
     Candidate("ToMe", {}, "own", kind="ToMe", keeps=KEEPS, group="methods"),
+    Candidate(
+        "ToMe, every second layer",
+        {"placement": "before_mlp"},
+        "even",
+        kind="ToMe",
+        keeps=KEEPS[1:],
+        group="methods",
+    ),
     Candidate("page rank, full", WPR, keeps=KEEPS, group="methods"),
     Candidate("one vote", VOTE, keeps=KEEPS, group="methods"),
     Candidate("random 0", {**WPR, **BARE, "score": "random", "seed": 0}, keeps=KEEPS, group="methods"),

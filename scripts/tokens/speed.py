@@ -166,20 +166,24 @@ def at_equal_macs(name: str, batch: int, rounds: int, compiled: bool = False) ->
     model = timm_vit(name)
     images = _images(model.patch_embed.img_size[0], batch)
     models = {key: pruned(model, method) for key, method in AT_EQUAL_MACS.items()}
+    second = tuple(range(0, len(model.blocks), 2))
+    models["ToMe, every second layer"] = pruned(model, gp.ToMe(keep=MAIN, layers=second))
     models["ToMe, r = 0"] = pruned(model, gp.ToMe(r=0))
     models = {"dense": model, **models}
     if compiled:
-        for key in ("dense", "default", "page rank, full", "ToMe"):
+        for key in ("dense", "default", "ToMe"):
             fresh = with_shared_weights(model) if key == "dense" else pruned(model, AT_EQUAL_MACS[key])
             models[f"{key}, compiled"] = torch.compile(fresh, fullgraph=True)
     found = _timed({key: functools.partial(one, images) for key, one in models.items()}, rounds)
     default, tome = (torch.tensor(found.samples_ms[key]) for key in ("default", "ToMe"))
     ratios = {"default over ToMe": bootstrap_interval(default / tome, median).to_json()}
     full = torch.tensor(found.samples_ms["page rank, full"])
+    second_tome = torch.tensor(found.samples_ms["ToMe, every second layer"])
+    ratios["default over ToMe, every second layer"] = bootstrap_interval(default / second_tome, median).to_json()
     ratios["page rank, full over ToMe"] = bootstrap_interval(full / tome, median).to_json()
     if compiled:
         base = torch.tensor(found.samples_ms["dense, compiled"])
-        for key in ("default", "page rank, full", "ToMe"):
+        for key in ("default", "ToMe"):
             one = torch.tensor(found.samples_ms[f"{key}, compiled"])
             ratios[f"{key} over dense, both compiled"] = bootstrap_interval(one / base, median).to_json()
     return {"model": name, "batch": batch, "macs_share": MAIN, "between": ratios, **_short(found)}
@@ -209,7 +213,7 @@ def row_times(model: nn.Module, batch: int, rounds: int, names: tuple[str, ...] 
 
 def speed(quick: bool) -> dict[str, Any]:
     """All tables of wall time but `row_times`."""
-    rounds = 3 if quick else 9
+    rounds = 3 if quick else 7
     deit, dino = "deit_small_patch16_224", "vit_small_patch14_dinov2"
     found: dict[str, Any] = {"overhead": {}, "equal_macs": {}}
     small = timm_vit(deit)
@@ -217,7 +221,7 @@ def speed(quick: bool) -> dict[str, Any]:
         found["overhead"][f"{deit}, batch {batch}"] = overheads(small, 224, batch, SCORES, rounds if batch > 1 else 20)
     long = timm_vit(dino, num_classes=0)
     for batch in (1,) if quick else (4, 1):
-        table = overheads(long, 518, batch, LONG_SCORES, 3 if quick else 5)
+        table = overheads(long, 518, batch, LONG_SCORES, 3 if quick else 4)
         found["overhead"][f"{dino}, batch {batch}"] = table
     cases = [(deit, 4), (deit, 1)]
     if not quick:
@@ -225,8 +229,8 @@ def speed(quick: bool) -> dict[str, Any]:
         cases += [("vit_large_patch16_224", 2), ("vit_large_patch16_224", 1)]
     for name, batch in cases:
         print(f"speed: {name}, batch {batch} ...", file=sys.stderr, flush=True)
-        times = rounds if name == deit else 5
-        table = at_equal_macs(name, batch, times if batch > 1 else 2 * times, compiled=not quick and name == deit)
+        times = rounds if name == deit else 4
+        table = at_equal_macs(name, batch, times if batch > 1 else 2 * times, compiled=not quick and batch == 16)
         found["equal_macs"][f"{name}, batch {batch}"] = table
     return found
 

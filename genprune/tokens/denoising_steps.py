@@ -30,6 +30,8 @@ class Steps:
         settings: how the method is used.
         groups: rows of the batch come in so many parts that show the same latents, and share choices.
         reuse: choices of an earlier call are taken where they fit.
+        in_full: where something runs in full in order to be scored, it does so in this call, also when the choice is
+            known: the two calls of a guided step are alike.
         factor: which share of the tokens that would be removed is removed.
         dense: blocks hand on the full grid (something of full size is added between them).
         at: per layer, what it is given in this call.
@@ -42,7 +44,8 @@ class Steps:
 
     def reset(self) -> None:
         """Forget every earlier call."""
-        self.groups, self.reuse, self.factor, self.dense, self._remembers = 1, False, 1.0, False, False
+        self.groups, self.reuse, self.in_full, self.factor, self.dense = 1, False, True, 1.0, False
+        self._remembers = False
         self.at: dict = {}
         self.chosen: dict[int, Remembered] = {}
         self._latents: Tensor | None = None
@@ -57,7 +60,7 @@ class Steps:
         """
         settings = self.settings
         self.at.clear()
-        self.groups, self.reuse, self.factor = 1, False, 1.0
+        self.groups, self.reuse, self.in_full, self.factor = 1, False, True, 1.0
         # Inside a graph no value can be looked at, and on the meta device there is none.
         blind = latents.device.type == "meta" or (torch.compiler.is_compiling() and not settings.counts_steps)
         self._remembers = not blind and (settings.counts_steps or settings.guidance != "apart")
@@ -78,6 +81,8 @@ class Steps:
             self.reuse = self._step % settings.every != 0
         else:  # the other half of guidance, or an inner call of a solver
             self.reuse = settings.guidance != "apart" and same
+        if self.reuse:
+            self.in_full = self._step % settings.every == 0
         self._latents, self._timestep = latents, now
         self.factor = settings.factor_at(1 - now / self._first if self._first else 1.0)
 

@@ -114,6 +114,8 @@ class LevelHooks:
                 self.keep = keep
                 return None
             self.steps.at[self.level] = choice
+            if self.steps.in_full:
+                return None
         choice = self.steps.at.get(self.level)
         if choice is None:
             return None

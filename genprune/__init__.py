@@ -65,6 +65,7 @@ _LAZY = {
     "token_presets": "genprune.tokens.presets",
     "ZeroTPrune": "genprune.tokens.methods",
     "ToMe": "genprune.tokens.methods",
+    "DiffusionTokens": "genprune.tokens.diffusion",
     "load_pipeline": "genprune.pipelines",
 }
 _SUBPACKAGES = ("bench", "metrics", "miniature", "pipelines", "recovery", "routers", "tokens")

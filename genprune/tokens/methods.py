@@ -25,7 +25,7 @@ from genprune.tokens.reducing import REDUCTIONS, RESTORES
 
 FORMAT_VERSION = 1
 STEPS = (5, 5, 1)  # of WPR: first quarter, middle half, last quarter of the layers
-SCORES = ("landmark", "vote", "wpr", "cls", "random")
+SCORES = ("auto", "landmark", "vote", "wpr", "cls", "random")
 
 
 @dataclass(frozen=True)
@@ -178,7 +178,8 @@ class ZeroTPrune(TokenMethod):
     Args:
         score: how tokens are ranked. `landmark`: some tokens vote for all. `vote`: all do. `wpr`: PageRank, whose
             first step from a uniform start is a vote. `cls`: the class token's attention. `random`: by `seed`,
-            without the similarity stage.
+            without the similarity stage. `auto`: where the similarity stage decides alone (it only needs an order)
+            and there is a class token `cls`, the cheapest; else `landmark`.
         start: `cls`: the class token votes with sqrt(N) times the weight. `uniform`. `auto`: `cls` for wpr and
             landmark where there is a class token, else uniform.
         steps: of wpr: a number, or one each for the first quarter, the middle half and the last quarter of the
@@ -203,7 +204,7 @@ class ZeroTPrune(TokenMethod):
     reduce: str = "auto"
     placement: str = "auto"
     proportional: bool = True
-    score: str = "landmark"
+    score: str = "auto"
     start: str = "auto"
     steps: int | tuple[int, int, int] | None = None
     heads: str = "rms"
@@ -257,9 +258,15 @@ class ZeroTPrune(TokenMethod):
         }
         return cls(**{**paper, **settings})
 
+    def score_of(self, class_token: bool) -> str:
+        """The score on a model with or without a class token: `score`, with `auto` decided."""
+        if self.score != "auto":
+            return self.score
+        return "cls" if class_token and self.similarity_share == 1 else "landmark"
+
     def _chosen(self, q: Tensor, k: Tensor, keep: int, view: LayerView) -> Choice:
         batch, _, tokens, _ = k.shape
-        score = self.score
+        score = self.score_of(view.class_token)
         needed = self._wants_target(view) or (self.similarity_share > 0 and score != "random")
         metric = unit_keys(k[:, :, view.prefix :], self.keys) if needed else None
         if score == "random":

@@ -161,6 +161,12 @@ def test_the_papers_settings_by_name_and_replaced():
     assert ZeroTPrune.published(reduce="merge").reduce == "merge"
 
 
+def test_the_score_is_the_class_token_where_only_an_order_is_needed():
+    assert ZeroTPrune().score_of(True) == "cls" and ZeroTPrune().score_of(False) == "landmark"
+    assert ZeroTPrune(similarity_share=0.9).score_of(True) == "landmark"
+    assert ZeroTPrune(score="wpr").score_of(True) == "wpr"
+
+
 def test_auto_is_decided_by_what_the_host_can_do_and_nothing_else_changes():
     method = ZeroTPrune(keep=0.4)
     assert method.settled(merges=True, before_mlp=True) == method.changed(reduce="merge", placement="before_mlp")

@@ -129,10 +129,10 @@ CANDIDATES = (
     Candidate("+ proportional attention", MERGED, group="reduction"),
     Candidate("+ in every second layer", MERGED, "every second", group="reduction"),
     Candidate("+ the same number in each", MERGED, "even", group="reduction"),
-    Candidate("+ alternate split (= default)", TURNS, "even", group="reduction"),
+    Candidate("+ alternate split", TURNS, "even", group="reduction"),
     Candidate("the same, with mlerp", {**TURNS, "reduce": "mlerp"}, "even", group="reduction"),
     Candidate("the same, split by page rank", {**TURNS, "score": "wpr"}, "even", group="reduction"),
-    Candidate("the same, split by class attention", {**TURNS, "score": "cls"}, "even", group="reduction"),
+    Candidate("the same, split by class attention (= default)", {**TURNS, "score": "cls"}, "even", group="reduction"),
     Candidate("the same, dropped", {**TURNS, "reduce": "drop", "proportional": False}, "even", group="reduction"),
     Candidate("page rank, full, merged", {**WPR, "reduce": "merge", "proportional": True}, group="reduction"),
 )

@@ -23,8 +23,8 @@ from scripts.vit.training import Training, rate_factor
 CLASSIFIER_TESTED = 2_000
 CLASSIFIER_TUNED = 1_000  # dev pictures, where defaults are compared
 FINE_TUNING_KEEP = 0.5
-FINE_TUNING = Training(batch_size=64, learning_rate=1e-4, weight_decay=0.0, label_smoothing=0.0)
-FINE_TUNING_STEPS = 200
+FINE_TUNING = Training(batch_size=64, learning_rate=1e-4, label_smoothing=0.0, mixed_precision="bf16")
+FINE_TUNING_STEPS = 100
 
 
 def asked(model: nn.Module, quick: bool, split: str) -> list[Row]:
@@ -114,8 +114,9 @@ def _fine_tuning(model: nn.Module, splits, images, labels, work: Path, steps: in
     found["keep"] = FINE_TUNING_KEEP
     methods = {
         "dense": None,
-        "ZeroTPrune": gp.ZeroTPrune(keep=FINE_TUNING_KEEP),
+        "default": gp.ZeroTPrune(keep=FINE_TUNING_KEEP),
         "ToMe": gp.ToMe(keep=FINE_TUNING_KEEP),
+        "page rank, full": gp.ZeroTPrune.published(keep=FINE_TUNING_KEEP),
     }
     for name, method in methods.items():
         student = copy.deepcopy(model)
@@ -143,7 +144,9 @@ def _trained(model: nn.Module, images, labels, steps: int) -> None:
     for step, chosen in enumerate(order.split(FINE_TUNING.batch_size)):
         for group in optimizer.param_groups:
             group["lr"] = FINE_TUNING.learning_rate * rate_factor(step, steps, 0.1)
-        loss = functional.cross_entropy(model(images[chosen]), labels[chosen])
+        with torch.autocast(images.device.type, torch.bfloat16):
+            logits = model(images[chosen])
+        loss = functional.cross_entropy(logits.float(), labels[chosen])
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()

@@ -33,12 +33,12 @@ PUBLISHED = {"keep": MAIN, "fall": "rate"}  # after three blocks
 SCORES = {
     "vote": gp.ZeroTPrune(keep=RATES, **BARE_VOTE),
     "full": gp.ZeroTPrune(keep=RATES, **WPR),
-    "vote, merged": gp.ZeroTPrune(keep=RATES, reduce="merge", placement="after_block"),
+    "default, after the block": gp.ZeroTPrune(keep=RATES, reduce="merge", placement="after_block"),
 }
 LONG_SCORES = {
     "landmark": gp.ZeroTPrune(keep=RATES, **{**BARE_VOTE, "score": "landmark"}),
     "landmark, with similarity": gp.ZeroTPrune(keep=RATES, **{**WPR, "score": "landmark"}),
-    "landmark, merged": gp.ZeroTPrune(keep=RATES, score="landmark", reduce="merge", placement="after_block"),
+    "default, after the block": gp.ZeroTPrune(keep=RATES, reduce="merge", placement="after_block"),
 }
 AT_EQUAL_MACS = {
     "default": gp.ZeroTPrune(keep=MAIN),

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+
 import torch
 from torch import nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+from genprune.tokens.methods import ZeroTPrune
 
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 3, "num_classes": 5}
 
@@ -144,3 +150,48 @@ def _swiglu():
 
 def images(batch: int = 2, size: int = 32, seed: int = 1) -> torch.Tensor:
     return torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(seed))
+
+
+def encoder(kind: str, **changes) -> nn.Module:
+    """Qwen3's and DeepSeek's; `kind` is the class."""
+    from timm.models import deepseek_vit, qwen3_vit
+
+    module = qwen3_vit if kind.startswith("Qwen3") else deepseek_vit
+    config = SMALL | {"num_heads": 2} | changes
+    return lively(getattr(module, kind)(**{name: value for name, value in config.items() if value is not None}))
+
+
+@dataclass(frozen=True)
+class Watched(ZeroTPrune):
+    """Notes what it is asked: queries, keys and the view of each layer."""
+
+    reduce: str = "drop"
+    placement: str = "after_block"
+    seen: list = field(default_factory=list, compare=False)
+
+    def choose(self, q, k, keep, view):
+        choice = super().choose(q, k, keep, view)
+        self.seen.append((q, k, view, choice))
+        return choice
+
+
+class AttentionCalls(TorchFunctionMode):
+    """Notes what the fused attention is given."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls: list[tuple] = []
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function is functional.scaled_dot_product_attention:
+            self.calls.append((args[0], args[1], kwargs.get("attn_mask")))
+        return function(*args, **kwargs)
+
+
+def traces(model: nn.Module) -> tuple:
+    """Hooks and attributes of every module: what must be as before when a reduction is taken off."""
+    return tuple(
+        (name, len(m._forward_hooks), len(m._forward_pre_hooks), tuple(sorted(m.__dict__)))
+        for name, m in model.named_modules()
+    )

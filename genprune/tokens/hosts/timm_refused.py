@@ -18,10 +18,13 @@ _STAGES = "convolutions between or inside its attentions need the full grid"
 
 # module of timm.models -> reason
 REASONS = {
+    "byobnet": "it is a convolutional network with some attention over its grid",
     "cait": "its attention mixes maps of heads (talking heads), and q and k leave no module",
     "coat": _STAGES,
     "convit": "its attention has positions of the full grid built into the module",
+    "cpubone": _STAGES,
     "crossvit": "it runs two sequences of different patch sizes that exchange class tokens",
+    "csatv2": _STAGES,
     "davit": _CHANNELS,
     "edgenext": _CHANNELS,
     "efficientformer": _STAGES,
@@ -35,6 +38,7 @@ REASONS = {
     "hieradet_sam2": _WINDOWS,
     "iformer": _STAGES,
     "levit": "its attention has a bias by position of the full grid, which shrinks from stage to stage",
+    "lowformer": _STAGES,
     "maxxvit": _WINDOWS,
     "metaformer": _STAGES,
     "mobilevit": _STAGES,

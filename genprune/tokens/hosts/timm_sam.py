@@ -135,9 +135,9 @@ class TimmSAM(TimmViT):
     def check(self, method: TokenMethod) -> None:
         if method.reduce not in ("auto", "drop"):
             raise UnsupportedModel(
-                f"reduce={method.reduce!r} on a {type(self.model).__name__}, whose grid stays whole while patches skip "
-                "MLPs; expected reduce='drop'. With restore='nearest' a patch gets what the MLP gave to the one that "
-                "is most similar."
+                f"reduce={method.reduce!r} on a {type(self.model).__name__}, whose grid stays whole: patches skip "
+                "MLPs only; expected reduce='drop'. With restore='nearest' a patch gets what the MLP gave to the one "
+                "that is most similar."
             )
 
     def attach(self, state: TokenState) -> list:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from genprune.errors import BudgetUnreachable, GenpruneError, NoMatchingSites, UnsupportedModel
 from genprune.tokens.diffusion import DiffusionTokens
 from genprune.tokens.handle import TokenHandle
-from genprune.tokens.level_costs import Counts, LevelCosts, counted_levels, level_schedule
+from genprune.tokens.level_costs import Counts, LevelCosts, level_schedule
 from genprune.tokens.methods import TokenMethod, ToMe
 from genprune.tokens.schedule import default_layers
 from genprune.tokens.state import TokenState
@@ -200,26 +200,20 @@ class LevelHandle(DiffusionHandle):
         def counts_at(share: float) -> Counts:
             return {level: max(1, int(full[level] * share)) for level in levels}
 
-        low, scoring = (0.5 if isinstance(method, ToMe) else 0.0), 0
-        for _ in range(3):  # what scoring costs depends a little on how much stays
-            budget = method.keep * costs.dense - scoring
-            least = counts_at(low)
-            if costs.macs(least) > budget:
-                raise BudgetUnreachable(
-                    f"keep={method.keep} of the MACs of this {type(self.model).__name__} is below what its transformer "
-                    f"blocks can give: the fewest tokens at levels {list(levels)} still cost "
-                    f"{(costs.macs(least) + scoring) / costs.dense:.3f}. Raise keep; or say how many tokens stay, "
-                    "gp.DiffusionTokens(method, tokens=0.5)."
-                )
-            lower, upper = low, 1.0
-            for _ in range(30):
-                middle = (lower + upper) / 2
-                lower, upper = (middle, upper) if costs.macs(counts_at(middle)) <= budget else (lower, middle)
-            counts = counts_at(lower)
-            found = counted_levels(self._host, method, counts) - costs.macs(counts)
-            if found == scoring:
-                break
-            scoring = found
+        low = 0.5 if isinstance(method, ToMe) else 0.0
+        least = costs.total(counts_at(low), method)
+        if least > method.keep * costs.dense:
+            raise BudgetUnreachable(
+                f"keep={method.keep} of the MACs of this {type(self.model).__name__} is below what its transformer "
+                f"blocks can give: the fewest tokens at levels {list(levels)} still cost {least / costs.dense:.3f}. "
+                "Raise keep; or say how many tokens stay, gp.DiffusionTokens(method, tokens=0.5)."
+            )
+        upper = 1.0
+        for _ in range(20):
+            middle = (low + upper) / 2
+            fits = costs.total(counts_at(middle), method) <= method.keep * costs.dense
+            low, upper = (middle, upper) if fits else (low, middle)
+        counts = counts_at(low)
         if counts == {level: full[level] for level in levels}:
             raise BudgetUnreachable(
                 f"keep={method.keep} leaves every token: scoring takes what fewer tokens would save. Lower keep."
@@ -227,17 +221,15 @@ class LevelHandle(DiffusionHandle):
         return counts
 
     def report(self) -> LevelReport:
-        """Tokens of each level, and multiply-accumulates of the model, counted now."""
+        """Tokens of each level, and multiply-accumulates of the model."""
         host, counts = self._host, self.counts
-        total = counted_levels(host, self.method, counts)
-        scorers = sum(self.costs.saved(n, count) / (len(host.blocks[n]) - 1) for n, count in counts.items())
         return LevelReport(
             tokens=host.tokens,
             kept=tuple(counts.get(level, full) for level, full in enumerate(host.tokens)),
             blocks=tuple(map(len, host.blocks)),
             dense_macs=self.costs.dense,
-            total_macs=total,
-            reusing_macs=round(self.costs.macs(counts) - scorers),
+            total_macs=self.costs.total(counts, self.method),
+            reusing_macs=self.costs.reusing(counts),
             every=self.settings.every,
         )
 

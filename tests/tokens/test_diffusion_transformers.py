@@ -276,6 +276,17 @@ def test_gradients_flow_with_and_without_checkpointing(family):
     assert torch.allclose(*gradients, atol=1e-6)
 
 
+def test_a_mask_of_the_self_attention_is_gathered():
+    model = denoiser("pixart")
+    inputs = inputs_of(model, "pixart")
+    with gp.prune_tokens(model, half()):
+        plain = run(model, inputs)
+        assert torch.allclose(run(model, inputs | {"attention_mask": torch.ones(2, 48)}), plain, atol=1e-5)
+        some = torch.ones(2, 48)
+        some[:, ::3] = 0
+        assert not torch.allclose(run(model, inputs | {"attention_mask": some}), plain, atol=1e-3)
+
+
 @pytest.mark.parametrize(
     ("family", "name", "count"),
     [("flux", "controlnet_block_samples", 2), ("flux", "controlnet_single_block_samples", 2),

@@ -52,7 +52,7 @@ class Candidate:
         schedule: how the counts of patches are found for a share of the MACs. `thirds`: a constant rate after a
             quarter, half and three quarters of the depth, as the author's settings have it; `every second`: a
             constant rate in every second layer from the first on; `even`: there, a constant number; `published`:
-            DiffRate's counts, whatever they cost; `own`: the method's default.
+            DiffRate's counts, whatever they cost; `own`: the method's default; `searched`: by `gp.search_tokens`.
         kind: class of the method.
         keeps: shares of the MACs that it is measured at.
         group: heading in the tables.
@@ -82,7 +82,7 @@ class Row:
     def key(self) -> dict[str, Any]:
         """What the row's numbers depend on."""
         candidate = self.candidate
-        if candidate.schedule == "own":
+        if candidate.schedule in ("own", "searched"):
             return self.method.to_json()
         counts = {str(layer): count for layer, count in self.method.keep.items()}
         return {"kind": candidate.kind, "settings": candidate.settings, "counts": counts}

@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional
 
 import genprune as gp
+from genprune.tokens.presets import TokenPreset
 from scripts.tokens.accuracy import measured, paired_against
-from scripts.tokens.candidates import CANDIDATES, KEEPS, MAIN, QUICK, TUNING, Planner, Row
+from scripts.tokens.backbone import normalised
+from scripts.tokens.candidates import CANDIDATES, KEEPS, MAIN, QUICK, TUNING, Candidate, Planner, Row
 from scripts.tokens.data import FASHION_COUNTS, emoji_task, fashion_task
 from scripts.tokens.exams import ClassifierExam, ProbeExam
 from scripts.vit.data import data_hash, load_fashion_mnist
@@ -23,6 +25,8 @@ from scripts.vit.training import Training, rate_factor
 CLASSIFIER_TESTED = 2_000
 CLASSIFIER_TUNED = 1_000  # dev pictures, where defaults are compared
 FINE_TUNING_KEEP = 0.5
+CALIBRATION = 32  # training pictures that a search looks at, without their labels
+TRIALS = 40  # of a search
 FINE_TUNING = Training(batch_size=64, learning_rate=1e-4, label_smoothing=0.0, mixed_precision="bf16")
 FINE_TUNING_STEPS = 100
 
@@ -35,6 +39,32 @@ def asked(model: nn.Module, quick: bool, split: str) -> list[Row]:
     if quick:
         return planner.rows(tuple(candidate for candidate in CANDIDATES if candidate.name in QUICK), MAIN)
     return [row for keep in (MAIN, *(k for k in KEEPS if k != MAIN)) for row in planner.rows(CANDIDATES, keep)]
+
+
+def searched(name: str, model: nn.Module, images: Tensor, work: Path) -> list[Row]:
+    """What a search over layers, counts and the similarity share finds on pictures without their labels.
+
+    Args:
+        name: of the task; presets are kept under it.
+        model: timm model without hooks of a reduction.
+        images: as the model wants them, of the training split.
+        work: folder for the presets.
+    """
+    rows = []
+    for label, method, keep in (
+        ("default, searched", gp.ZeroTPrune(), MAIN),
+        ("page rank, full, searched", gp.ZeroTPrune.published(), MAIN),
+        ("default, searched", gp.ZeroTPrune(), min(KEEPS)),
+    ):
+        file = work / "searches" / f"{name}-{label.replace(', ', '-').replace(' ', '-')}-{keep:g}.json"
+        if not file.is_file():
+            found = gp.search_tokens(model, images, method.changed(keep=keep), trials=TRIALS, batch_size=len(images))
+            file.parent.mkdir(parents=True, exist_ok=True)
+            found.preset.save(file)
+            print(f"{name}: {label} @ {keep:g}: {dict(found.preset.method.keep)}", file=sys.stderr, flush=True)
+        chosen = TokenPreset.load(file).method
+        rows.append(Row(Candidate(label, {}, "searched", group="methods"), keep, chosen))
+    return rows
 
 
 def probe_rows(
@@ -56,7 +86,14 @@ def probe_rows(
     found = {}
     for task in tasks:
         exam = ProbeExam(model, task, split, work)
-        table = measured(exam, exam.example, asked(model, quick, split), work)
+        rows = asked(model, quick, split)
+        if split == "test" and not quick:
+            images = normalised(task.splits["train"].batch(slice(0, CALIBRATION)))
+            model.global_pool = "token"  # the search compares what the head reads: here the class token
+            with torch.autocast("cpu", torch.bfloat16):
+                rows += searched(task.name, model, images, work)
+            model.global_pool = "avg"
+        table = measured(exam, exam.example, rows, work)
         found[task.name] = {
             "pictures": {part: len(pictures) for part, pictures in task.splits.items()},
             "sha256": task.sha256,
@@ -74,7 +111,10 @@ def classifier_rows(folder: Path, data: Path, work: Path, quick: bool, split: st
     tested = 100 if quick else {"test": CLASSIFIER_TESTED, "dev": CLASSIFIER_TUNED}[split]
     images, labels = getattr(splits, f"{split}_images")[:tested], getattr(splits, f"{split}_labels")[:tested]
     exam = ClassifierExam(f"classifier {split}", model, images, labels)
-    table = measured(exam, exam.example, asked(model, quick, split), work)
+    rows = asked(model, quick, split)
+    if split == "test" and not quick:
+        rows += searched("classifier", model, splits.train_images[:CALIBRATION], work)
+    table = measured(exam, exam.example, rows, work)
     trained = json.loads((folder / "result.json").read_text()) if (folder / "result.json").is_file() else {}
     found = {
         "pictures": {split: tested},

@@ -20,7 +20,7 @@ timm = pytest.importorskip("timm")
 
 import genprune as gp  # noqa: E402
 from scripts import bench_tokens  # noqa: E402
-from scripts.tokens import accuracy, page, speed  # noqa: E402
+from scripts.tokens import accuracy, page, quality, speed  # noqa: E402
 from scripts.tokens.accuracy import counted_macs, measured, paired_against  # noqa: E402
 from scripts.tokens.backbone import best_probe, features, fit_probe  # noqa: E402
 from scripts.tokens.candidates import (  # noqa: E402
@@ -386,3 +386,17 @@ def test_missing_folders_are_named(capsys):
     with pytest.raises(SystemExit):
         bench_tokens.parse(["--page"])
     assert "pass both" in capsys.readouterr().err
+
+
+def test_searched_rows_are_searched_once(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(quality, "TRIALS", 2)
+    images = torch.randn(4, 3, 32, 32)
+    rows = quality.searched("tiny", model, images, tmp_path)
+    assert [row.label for row in rows] == [
+        "default, searched @ 0.65",
+        "page rank, full, searched @ 0.65",
+        "default, searched @ 0.5",
+    ]
+    assert rows[1].method.reduce == "drop" and all(isinstance(row.method.keep, dict) for row in rows)
+    monkeypatch.setattr(gp, "search_tokens", lambda *arguments, **settings: pytest.fail("searched again"))
+    assert [row.method for row in quality.searched("tiny", model, images, tmp_path)] == [row.method for row in rows]

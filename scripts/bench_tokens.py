@@ -40,7 +40,7 @@ def run_part(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     if name == "diffusion":
         from scripts.tokens.diffusion import diffusion_rows
 
-        return diffusion_rows(quick)
+        return diffusion_rows(quick, work)
     if name == "classifier":
         from scripts.tokens.quality import classifier_rows
 

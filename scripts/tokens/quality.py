@@ -38,7 +38,9 @@ def asked(model: nn.Module, quick: bool, split: str) -> list[Row]:
         return planner.rows(TUNING, MAIN)
     if quick:
         return planner.rows(tuple(candidate for candidate in CANDIDATES if candidate.name in QUICK), MAIN)
-    return [row for keep in (MAIN, *(k for k in KEEPS if k != MAIN)) for row in planner.rows(CANDIDATES, keep)]
+    return [
+        row for keep in sorted(KEEPS, key=lambda keep: (keep != MAIN, keep)) for row in planner.rows(CANDIDATES, keep)
+    ]
 
 
 def searched(name: str, model: nn.Module, images: Tensor, work: Path) -> list[Row]:

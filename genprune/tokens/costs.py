@@ -38,7 +38,8 @@ class _Seen:
         # Small maps are counted faster by computing them: many kernels have their meta form in Python.
         device = "cpu" if self.query[1] * tokens**2 <= _SMALL else "meta"
         query, key = (torch.zeros(*shape[:2], tokens, shape[3], device=device) for shape in (self.query, self.key))
-        view = replace(self.view, bias=None, valid=None, size=None, wants_target=method.restore == "nearest")
+        wants = self.view.wants_target and method.restore == "nearest"
+        view = replace(self.view, bias=None, valid=None, size=None, wants_target=wants)
         counter = FlopCounterMode(display=False)
         with counter:
             method.choose(query, key, after, view)
@@ -53,7 +54,9 @@ class _FirstTokens(TokenMethod):
 
     def choose(self, query, key, keep: int, view: LayerView) -> Choice:
         self.seen.append(_Seen(view.layer, tuple(query.shape), tuple(key.shape), view))
-        return Choice(torch.arange(keep, device=query.device).expand(query.shape[0], keep), None)
+        rows, patches = query.shape[0], query.shape[2] - view.prefix
+        target = torch.zeros(rows, patches, dtype=torch.int64, device=query.device) if view.wants_target else None
+        return Choice(torch.arange(keep, device=query.device).expand(rows, keep), target)
 
 
 class TokenCosts:
@@ -155,7 +158,7 @@ class TokenCosts:
         waiting = [one for one in self.host.scored if one not in self._scored]
         while waiting and layer not in self._scored:
             now = waiting[: max(1, self.host.patches - 1)]
-            probe = _FirstTokens(keep=None)
+            probe = _FirstTokens(keep=None, restore="nearest")  # does this host ask for what stands for a patch?
             counted(self.host, probe, {one: self.host.patches - 1 - i for i, one in enumerate(now)})
             self._scored |= {seen.layer: seen for seen in probe.seen}
             waiting = waiting[len(now) :]

@@ -33,7 +33,9 @@ class WeightedPool(Shadow):
 
     name = "forward_head"
 
-    def __call__(self, x: Tensor, *args, **kwargs):
+    def __call__(self, *args, **kwargs):
+        # NaFlexVit names its first argument, and names it otherwise.
+        x, *args = args or [kwargs.pop("patches" if "patches" in kwargs else "x")]
         now = self.state.at[self.state.depth]
         prefix = getattr(self.module, "num_prefix_tokens", 0)
         if now is not None and now.size is not None and x.shape[:2] == (len(now.size), prefix + now.size.shape[1]):

@@ -14,6 +14,7 @@ import torch
 import genprune as gp
 from genprune.families import denoiser
 from genprune.metrics.latency import compare_latency
+from genprune.tokens.attached import take_off
 from genprune.tokens.diffusion import DiffusionTokens
 from scripts.ecodiff.bases import Base, bases, latents_of, pictures_of
 from scripts.ecodiff.figures import Dense, Judge
@@ -37,7 +38,7 @@ def transformer_rows() -> list[Row]:
     Z = gp.ZeroTPrune
     rows = [
         Row("default", DiffusionTokens(Z(keep=0.75))),
-        Row("merged", DiffusionTokens(Z(keep=0.75, reduce="merge"))),
+        Row("default, merged", DiffusionTokens(Z(keep=0.75, reduce="merge"))),
         Row("ToMe", DiffusionTokens(gp.ToMe(keep=0.75))),
         Row("random, dropped", DiffusionTokens(Z(keep=0.75, **RANDOM))),
         Row("page rank, published", DiffusionTokens(Z.published(keep=0.75))),
@@ -60,12 +61,13 @@ def unet_rows() -> list[Row]:
     Z = gp.ZeroTPrune
     rows = [
         Row("default", DiffusionTokens(Z(), tokens=0.5)),
-        Row("dropped", DiffusionTokens(Z(reduce="drop"), tokens=0.5)),
+        Row("default, dropped", DiffusionTokens(Z(reduce="drop"), tokens=0.5)),
         Row("ToMe", DiffusionTokens(gp.ToMe(), tokens=0.5)),
         Row("random, dropped", DiffusionTokens(Z(**RANDOM), tokens=0.5)),
         Row("page rank, published", DiffusionTokens(Z.published(), tokens=0.5)),
         Row("vote, dropped, importance alone", DiffusionTokens(_importance(0.65), tokens=0.5)),
         Row("default, around attention", DiffusionTokens(Z(), tokens=0.5, around="attention")),
+        Row("default, around blocks at the same MACs", DiffusionTokens(Z(keep=0.964))),
         Row("default, nothing removed early", DiffusionTokens(Z(), tokens=0.5, early=EARLY)),
         Row("default, scored in every 4th step", DiffusionTokens(Z(), tokens=0.5, every=4)),
     ]
@@ -139,7 +141,7 @@ def _drawn(pipe, base: Base, row: Row, settings: DiffusionTokens, judge: Judge, 
             "counts": {str(layer): count for layer, count in handle.counts.items()},
             "macs": report.keep,
             # about: early steps by their share of the timesteps; reuse in transformers saves scoring alone
-            "macs_of_the_chain": early + (1 - early) * average if settings.early else average,
+            "macs_of_the_chain": early + (1 - early) * average,
             **figures,
             "time": _time(pipe, base, settings, judge.prompts[0]),
         }
@@ -155,13 +157,11 @@ def _slug(settings: DiffusionTokens) -> str:
 def _time(pipe, base: Base, settings: DiffusionTokens, prompt: str, rounds: int = 8) -> dict[str, Any]:
     """One call of the denoiser as the pipeline makes it for 4 pictures, dense and reduced in turns."""
     model = denoiser(pipe)
-    for hook_free in (copy.deepcopy(model),):
-        from genprune.tokens.attached import take_off
-
-        take_off(hook_free)
-        inputs = _call_of(pipe, base, prompt)
-        calls = {"dense": lambda m=hook_free: m(**inputs), "reduced": lambda: model(**inputs)}
-        return compare_latency(calls, "dense", rounds=rounds, warmup=1).ratio["reduced"].to_json()
+    dense = copy.deepcopy(model)
+    take_off(dense)
+    inputs = _call_of(pipe, base, prompt)
+    calls = {"dense": lambda: dense(**inputs), "reduced": lambda: model(**inputs)}
+    return compare_latency(calls, "dense", rounds=rounds, warmup=1).ratio["reduced"].to_json()
 
 
 def _call_of(pipe, base: Base, prompt: str) -> dict[str, Any]:
@@ -259,6 +259,7 @@ def _shape_times(model, settings: dict[str, DiffusionTokens], rounds: int) -> di
 
 def diffusion_lines(found: dict[str, Any]) -> list[str]:
     """The page's part: a table of each miniature, and of the larger shapes."""
+    found = found.get("found", found)
     titles = {"mmdit": "MMDiT B (FLUX-shaped, 64 image tokens)", "unet": "U-Net A (64 and 16 image tokens)"}
     lines = []
     for base, title in titles.items():
@@ -269,19 +270,25 @@ def diffusion_lines(found: dict[str, Any]) -> list[str]:
         lines += [
             f"### {title}",
             "",
-            f"{part['prompts']} test captions, {part['steps']} steps, guided. Dense: {dense:.1%} of the captions all right. Time: "
-            "one call for 4 pictures, dense call = 1.",
+            f"{part['prompts']} test captions, {part['steps']} steps, guided. Dense: {dense:.1%} of the captions all "
+            "right. Time: one call for 4 pictures, dense call = 1.",
             "",
-            "| MACs of a step | of the chain | method | captions all right | less dense | PSNR | latent error | time |",
+            "| MACs of a step | of the chain | method | all right | less dense | PSNR | latent error | time |",
             "|---:|---:|---|---:|---|---:|---:|---:|",
         ]
         for row in part["rows"]:
             less = row["all_right_less_dense"]
-            lines.append(
-                f"| {row['macs']:.1%} | {row['macs_of_the_chain']:.1%} | {row['name']} | "
-                f"{row['all_right']['estimate']:.1%} | {less['estimate']:+.1%} [{less['low']:+.1%}, {less['high']:+.1%}] | "
-                f"{row['psnr']['estimate']:.1f} | {row['latent_error']['estimate']:.3f} | {row['time']['estimate']:.2f} |"
-            )
+            cells = [
+                f"{row['macs']:.1%}",
+                f"{row['macs_of_the_chain']:.1%}",
+                row["name"],
+                f"{row['all_right']['estimate']:.1%}",
+                f"{less['estimate']:+.1%} [{less['low']:+.1%}, {less['high']:+.1%}]",
+                f"{row['psnr']['estimate']:.1f}",
+                f"{row['latent_error']['estimate']:.3f}",
+                f"{row['time']['estimate']:.2f}",
+            ]
+            lines.append(f"| {' | '.join(cells)} |")
         lines.append("")
     for name, rows in found.get("speed", {}).items():
         lines += [

@@ -83,7 +83,9 @@ def test_rows_that_share_are_heads_of_one_graph():
     query, key = torch.randn(2, 4, 3, 10, 8)  # rows 0, 1 and once more 0, 1 under another condition
     together = METHOD.choose(heads_of_groups(query, 2), heads_of_groups(key, 2), 5, VIEW)
     for row in range(2):
-        votes = torch.cat([(query[i].double() @ key[i].double().mT * 0.5).softmax(-1) for i in (row, row + 2)])  # (2 H, n, n)
+        votes = torch.cat(
+            [(query[i].double() @ key[i].double().mT * 0.5).softmax(-1) for i in (row, row + 2)]
+        )  # (2 H, n, n)
         scores = votes.sum(1)  # mean 1
         variance = scores.var(-1, unbiased=False)
         stays = (variance >= 0.01) & (variance <= 0.7)

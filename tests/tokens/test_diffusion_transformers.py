@@ -225,7 +225,9 @@ def test_called_by_place_and_after_an_aborted_call(family):
         rest = {key: value for key, value in inputs.items() if key != name}
         with torch.no_grad():
             assert torch.equal(model(inputs[name], **rest, return_dict=False)[0], found)
-        aborted = next(m for n, m in model.named_modules() if n.endswith(("ff", "proj_mlp"))).register_forward_hook(_stop)
+        aborted = next(m for n, m in model.named_modules() if n.endswith(("ff", "proj_mlp"))).register_forward_hook(
+            _stop
+        )
         with pytest.raises(KeyboardInterrupt):
             run(model, inputs)
         aborted.remove()

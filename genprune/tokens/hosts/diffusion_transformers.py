@@ -34,7 +34,7 @@ class DiffusionTransformer:
     settings: DiffusionTokens = field(default_factory=DiffusionTokens)
     steps: Steps | None = None
     prefix: int = 0
-    merges: bool = True
+    merges: bool = False  # `reduce='auto'` drops: better than merging here (docs/tokens-compared.md)
     before_mlp: bool = False
     paths: tuple[str, ...] = field(init=False)
     scored: tuple[int, ...] = field(init=False)

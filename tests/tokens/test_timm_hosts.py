@@ -80,7 +80,7 @@ def heads_sorted(x: torch.Tensor) -> torch.Tensor:
 
 @each_sequence
 def test_what_is_scored_is_what_the_fused_attention_of_the_layer_was_given(name):
-    """Rows 7, 10, 20: queries and keys after norm and rotation, the gathered bias; the fused attention in every block."""
+    """Rows 7, 10, 20: queries and keys after norm and rotation, the gathered bias; fused in every block."""
     model, x = SEQUENCES[name](), images()
     method = Watched(keep=KEEP)
     with torch.no_grad(), gp.prune_tokens(model, method), AttentionCalls() as attention:

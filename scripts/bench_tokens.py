@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch  # noqa: E402
 
 PARTS = ("speed", "times", "accuracy", "tuning", "classifier", "diffusion")
-NEEDED = {"accuracy": ("fashion", "emoji"), "tuning": ("fashion", "emoji"), "classifier": ("fashion", "classifier")}
+NEEDED = {"accuracy": ("fashion", "emoji"), "tuning": ("emoji",), "classifier": ("fashion", "classifier")}
 PLACES = ("fashion", "emoji", "classifier", "work", "out", "docs")
 
 

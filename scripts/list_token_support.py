@@ -35,9 +35,9 @@ from genprune.tokens.hosts import host_of  # noqa: E402
 
 # What a module of timm.models has in its source, and a model among its parts, when it is asked at all.
 ATTENTION = re.compile(
-    r"class \w*(Attention|Attn|MHSA|GPSA|SHSA|LiteMLA)\w*\(|import .*(Attention|Block)|\bEvaBlock\b"
+    r"\b(Attention|AttentionRope|EvaBlock|VisionTransformer)\b|class \w*(Att|MHSA|GPSA|SHSA|LiteMLA)"
 )
-ATTENDS = re.compile(r"att|MHSA|GPSA|SHSA|LiteMLA", re.I)
+ATTENDS = re.compile(r"attention|attn|MHSA|GPSA|SHSA|LiteMLA|XCA", re.I)
 SMALL = {"depth": 3, "embed_dim": 48, "num_heads": 3}
 OF_MODULE = {  # what a class needs beside, or instead of, `SMALL`
     "vision_transformer_sam": {"depth": 4, "window_size": 2, "global_attn_indexes": (1, 3)},
@@ -210,13 +210,14 @@ def tried(name: str, module: str) -> tuple[str, str, str]:
     return kind, "works", ""
 
 
-def run(quick: bool, only: str | None) -> dict[str, Any]:
-    """Every entry point, or one of each module and class (`quick`)."""
+def run(quick: bool, only: str | None, known: list[dict[str, Any]]) -> dict[str, Any]:
+    """Every entry point, or one of each module (`quick`); modules of the rows `known` are not run again."""
     import timm
 
-    rows: dict[tuple[str, str], dict[str, Any]] = {}
+    rows: dict[tuple[str, str], dict[str, Any]] = {(row.pop("module"), row.pop("class")): row for row in known}
+    done = {module for module, _ in rows}
     for module, names in entry_points().items():
-        if only and only not in module:
+        if (only and only not in module) or module in done:
             continue
         for name in names[:1] if quick else names:
             kind, verdict, reason = tried(name, module)
@@ -229,7 +230,7 @@ def run(quick: bool, only: str | None) -> dict[str, Any]:
             row["reason"] = row["reason"] or reason
         print(f"{module}: done", file=sys.stderr, flush=True)
     for (module, _), row in rows.items():
-        if row["refused"]:
+        if row["refused"] and "experiment" not in row:
             name = min(row["refused"], key=lambda n: (not re.search(r"tiny|nano|small|_xx?s|pico|_t_|_0", n), len(n)))
             try:
                 row["experiment"] = f"{name}: {experiment(timm.create_model(name).eval())}"
@@ -292,11 +293,14 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="only the first entry point of each module")
     parser.add_argument("--only", metavar="TEXT", help="only modules of timm.models whose name contains this")
     parser.add_argument("--out", type=Path, help="Markdown page to write; default: print it")
-    parser.add_argument("--json", type=Path, help="also write what was found as JSON")
+    parser.add_argument("--json", type=Path, help="also write what was found; what is there is not run again")
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore")
     started = time.perf_counter()
-    found = run(arguments.quick, arguments.only)
+    known = (
+        json.loads(arguments.json.read_text(encoding="utf-8")) if arguments.json and arguments.json.exists() else {}
+    )
+    found = run(arguments.quick, arguments.only, known.get("rows", []))
     print(f"{time.perf_counter() - started:.0f} s", file=sys.stderr)
     if arguments.json:
         arguments.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")

@@ -72,5 +72,5 @@ def host_of(model: nn.Module) -> TokenHost:
             return host
     raise UnsupportedModel(
         f"{type(model).__name__} is no model whose tokens genprune can reduce; expected a timm transformer with "
-        "one sequence of tokens through all its blocks. `docs/tokens.md` lists them."
+        "one sequence of tokens through all its blocks. `docs/tokens-supported.md` lists those of timm."
     )

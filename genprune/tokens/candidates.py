@@ -24,7 +24,15 @@ class Candidate:
     weights: Mapping[int, float]
     similarity_share: float | None
 
-    def counts(self, budget: float, share: Callable[[Counts], float], patches: int, least: int, what: str) -> Counts:
+    def counts(
+        self,
+        budget: float,
+        share: Callable[[Counts], float],
+        patches: int,
+        least: int,
+        what: str,
+        floor: Callable[[int], int] = lambda patches: 1,
+    ) -> Counts:
         """The counts under a budget: each layer hands on `exp(-t w)` of its patches, `least` or more.
 
         Args:
@@ -32,6 +40,7 @@ class Candidate:
             share: counts to their share of the dense cost.
             patches, least: of the full grid, and what has to stay to the end.
             what: the cost's name in messages.
+            floor: what a layer has to hand on of what it is given.
 
         Raises:
             BudgetUnreachable: these layers cannot save so much.
@@ -40,7 +49,7 @@ class Candidate:
         def rule(part: float) -> Counts:
             now, counts, strength = patches, {}, _STEEPEST * (1 - part) ** 2
             for layer in sorted(self.weights):
-                now = max(min(least, now), int(now * math.exp(-strength * self.weights[layer])))
+                now = max(min(least, now), floor(now), int(now * math.exp(-strength * self.weights[layer])))
                 counts[layer] = now
             return counts
 

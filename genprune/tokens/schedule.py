@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from genprune.errors import BudgetUnreachable, GenpruneError, NoMatchingSites
 from genprune.tokens.hosts import TokenHost
-from genprune.tokens.methods import TokenMethod
+from genprune.tokens.methods import TokenMethod, ToMe
 from genprune.tokens.state import Kept
 
 Counts = dict[int, int]  # layer -> patches that it hands on
@@ -43,6 +43,11 @@ def _check_layer(layer: int, host: TokenHost) -> None:
             f"queries and keys of layer {layer} cannot be read in this {type(host.model).__name__}; expected one of "
             f"{list(host.scored)}."
         )
+
+
+def fewest(method: TokenMethod, patches: int) -> int:
+    """How many of `patches` a layer hands on at least: a method that merges pairs removes up to half of them."""
+    return patches - patches // 2 if method.name == ToMe.name else 1
 
 
 def default_layers(host: TokenHost, method: TokenMethod) -> tuple[int, ...]:
@@ -154,7 +159,8 @@ def check_acts(method: TokenMethod, counts: Counts, host: TokenHost) -> None:
     """Refuse counts that save nothing, unless that was asked for: `keep=1`, counts of all patches, `r=0`.
 
     Raises:
-        GenpruneError: less than everything was asked for, and no patch goes, or only where no layer is after it.
+        GenpruneError: more goes in a layer than the method can remove there; or less than everything was asked for,
+            and no patch goes, or only where no layer is after it.
     """
     acting = [layer for layer, kept in enumerate(per_layer(counts, host)) if kept is not None]
     given = method.keep.values() if isinstance(method.keep, Mapping) else [method.keep]
@@ -163,6 +169,13 @@ def check_acts(method: TokenMethod, counts: Counts, host: TokenHost) -> None:
             f"keep={method.keep} removes none of the {host.patches} patches of this {type(host.model).__name__}; "
             "expected to save something. Lower keep; keep=1.0 says that all are meant to stay."
         )
+    for layer in acting:
+        after, before = per_layer(counts, host)[layer]
+        if after < fewest(method, before):
+            raise GenpruneError(
+                f"layer {layer} is to hand on {after} of {before} patches, and {type(method).__name__} merges pairs, "
+                f"so that {fewest(method, before)} stay at least. Spread it over more layers, or use another method."
+            )
     last = len(host.paths) - 1
     if acting == [last] and method.placement == "after_block":
         raise GenpruneError(

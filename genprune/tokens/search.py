@@ -21,7 +21,7 @@ from genprune.tokens.latency import TimeModel, Timing
 from genprune.tokens.methods import TokenMethod, ZeroTPrune
 from genprune.tokens.presets import TokenPreset
 from genprune.tokens.proxies import DISTANCES, as_batches, distance_between, outputs
-from genprune.tokens.schedule import TOLERANCE, Counts
+from genprune.tokens.schedule import TOLERANCE, Counts, fewest
 from genprune.tokens.trials import TokenSearch, Trial
 from genprune.untouched import untouched
 
@@ -245,7 +245,14 @@ class _Run:
     def _run(self, candidate: Candidate, budget: float, kind: str) -> bool:
         """Whether it was run: it meets the budget, and is new."""
         try:
-            counts = candidate.counts(budget, self._share_of(candidate), self.host.patches, self.least, self.what)
+            counts = candidate.counts(
+                budget,
+                self._share_of(candidate),
+                self.host.patches,
+                self.least,
+                self.what,
+                lambda patches: fewest(self.method, patches),
+            )
         except BudgetUnreachable:
             return False
         return self._measure(candidate, counts, budget, kind)
@@ -307,7 +314,7 @@ class _Run:
                 rate = part ** (1 / len(layers))
                 now, counts = self.host.patches, {}
                 for layer in layers:
-                    now = max(1, int(now * rate))
+                    now = max(fewest(self.method, now), int(now * rate))
                     counts[layer] = now
                 schedules[f"{name} {part}"] = counts
         return schedules

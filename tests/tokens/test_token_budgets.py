@@ -75,7 +75,7 @@ def test_costs_are_what_a_real_call_does(name):
         for method in METHODS.values():
             now, counts = host.patches, {}
             for layer in sorted(draw.sample(range(len(host.paths)), 2)):
-                now = counts[layer] = draw.randint(max(1, now // 3), now - 1)
+                now = counts[layer] = draw.randint(now - now // 2, now - 1)
             with gp.prune_tokens(model, method.changed(keep=counts, placement=placement)) as handle:
                 settled = handle.method
                 real = flops(model, x)
@@ -203,6 +203,7 @@ def test_measuring_leaves_the_model_alone(vit):
         (gp.ZeroTPrune(keep={1: 40}), gp.GenpruneError, "layer 1 is to hand on 40 .* expected 1 to 36"),
         (gp.ZeroTPrune.published(keep=0.05), gp.BudgetUnreachable, r"keep=0.05 of MACs .*it is 0\.\d+. Raise keep"),
         (gp.ZeroTPrune.published(keep={5: 10}), gp.GenpruneError, "after layer 5 alone, the last one, which saves"),
+        (gp.ToMe(keep={1: 10}), gp.GenpruneError, "layer 1 is to hand on 10 of 36 .* merges pairs, so that 18 stay"),
         (gp.ZeroTPrune(keep=0.9999), gp.GenpruneError, "removes none of the 36 patches .* Lower keep"),
     ],
 )

@@ -35,7 +35,8 @@ class TokenState:
     """Shared by all hooks of one model; a deep copy of the model gets its own.
 
     Everything is indexed by layer and written when that layer runs, so that an aborted call, another image size and
-    the second run of a checkpointed block all find what they need.
+    the second run of a checkpointed block all find what they need. With gradient checkpointing the backward pass has
+    to come before the next forward: blocks that run once more find the places of the last call.
 
     Attributes:
         method: what decides.

@@ -281,12 +281,18 @@ def test_gradients_flow_with_and_without_checkpointing(family):
 def test_a_mask_of_the_self_attention_is_gathered():
     model = denoiser("pixart")
     inputs = inputs_of(model, "pixart")
-    with gp.prune_tokens(model, half()):
-        plain = run(model, inputs)
-        assert torch.allclose(run(model, inputs | {"attention_mask": torch.ones(2, 48)}), plain, atol=1e-5)
-        some = torch.ones(2, 48)
-        some[:, ::3] = 0
-        assert not torch.allclose(run(model, inputs | {"attention_mask": some}), plain, atol=1e-3)
+    mask, seen = torch.ones(2, 48), []
+    mask[:, ::3] = 0
+    with gp.prune_tokens(model, half()) as handle:
+        hook = model.transformer_blocks[1].attn1.register_forward_pre_hook(
+            lambda m, args, kwargs: seen.append(kwargs["attention_mask"]), with_kwargs=True
+        )
+        run(model, inputs | {"attention_mask": mask})
+        hook.remove()
+        kept = handle._host.steps.chosen[0].choice.kept
+    expected = (1 - mask).gather(1, kept) * -10000.0
+    assert 0 < (expected == 0).sum() < expected.numel()
+    assert torch.equal(seen[0][:, 0], expected)
 
 
 @pytest.mark.parametrize(

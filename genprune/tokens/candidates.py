@@ -53,7 +53,9 @@ class Candidate:
                 counts[layer] = now
             return counts
 
-        return fitted(budget, share, patches, rule, what)
+        counts = fitted(budget, share, patches, rule, what)
+        before = [patches, *counts.values()]
+        return {layer: count for (layer, count), given in zip(counts.items(), before) if count < given}
 
 
 def drawn(layers: Sequence[int], shares: bool, most: int, random_: random.Random) -> Candidate:

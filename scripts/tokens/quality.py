@@ -43,7 +43,7 @@ def asked(model: nn.Module, quick: bool, split: str) -> list[Row]:
     ]
 
 
-def searched(name: str, model: nn.Module, images: Tensor, work: Path) -> list[Row]:
+def searched(name: str, model: nn.Module, images: Tensor, work: Path, search: bool = True) -> list[Row]:
     """What a search over layers, counts and the similarity share finds on pictures without their labels.
 
     Args:
@@ -51,6 +51,7 @@ def searched(name: str, model: nn.Module, images: Tensor, work: Path) -> list[Ro
         model: timm model without hooks of a reduction.
         images: as the model wants them, of the training split.
         work: folder for the presets.
+        search: False: only rows whose preset is there from an earlier run.
     """
     rows = []
     for label, method, keep in (
@@ -60,6 +61,8 @@ def searched(name: str, model: nn.Module, images: Tensor, work: Path) -> list[Ro
     ):
         file = work / "searches" / f"{name}-{label.replace(', ', '-').replace(' ', '-')}-{keep:g}.json"
         if not file.is_file():
+            if not search:
+                continue
             found = gp.search_tokens(model, images, method.changed(keep=keep), trials=TRIALS, batch_size=len(images))
             file.parent.mkdir(parents=True, exist_ok=True)
             found.preset.save(file)
@@ -70,7 +73,13 @@ def searched(name: str, model: nn.Module, images: Tensor, work: Path) -> list[Ro
 
 
 def probe_rows(
-    model: nn.Module, fashion: Path | None, emoji: Path | None, work: Path, quick: bool, split: str = "test"
+    model: nn.Module,
+    fashion: Path | None,
+    emoji: Path | None,
+    work: Path,
+    quick: bool,
+    split: str = "test",
+    search: bool = False,
 ) -> dict[str, Any]:
     """Every candidate on the probes' tasks.
 
@@ -79,6 +88,7 @@ def probe_rows(
         fashion, emoji: folders of the data; a task without one is left out.
         work: where rows and features are kept between runs.
         split: `test`; or `dev`, where the defaults are tuned: then the rows are those of the grid.
+        search: also search counts; what an earlier run has found is a row in any case.
     """
     tasks = []
     if fashion:
@@ -93,7 +103,7 @@ def probe_rows(
             images = normalised(task.splits["train"].batch(slice(0, CALIBRATION)))
             model.global_pool = "token"  # the search compares what the head reads: here the class token
             with torch.autocast("cpu", torch.bfloat16):
-                rows += searched(task.name, model, images, work)
+                rows += searched(task.name, model, images, work, search)
             model.global_pool = "avg"
         table = measured(exam, exam.example, rows, work)
         found[task.name] = {
@@ -106,7 +116,9 @@ def probe_rows(
     return found
 
 
-def classifier_rows(folder: Path, data: Path, work: Path, quick: bool, split: str = "test") -> dict[str, Any]:
+def classifier_rows(
+    folder: Path, data: Path, work: Path, quick: bool, split: str = "test", search: bool = False
+) -> dict[str, Any]:
     """Every candidate on the classifier that `scripts/train_vit.py` wrote to `folder`, and fine-tuning."""
     splits = load_fashion_mnist(data)
     model = gp.load_model(folder / "model").eval()
@@ -115,7 +127,7 @@ def classifier_rows(folder: Path, data: Path, work: Path, quick: bool, split: st
     exam = ClassifierExam(f"classifier {split}", model, images, labels)
     rows = asked(model, quick, split)
     if split == "test" and not quick:
-        rows += searched("classifier", model, splits.train_images[:CALIBRATION], work)
+        rows += searched("classifier", model, splits.train_images[:CALIBRATION], work, search)
     table = measured(exam, exam.example, rows, work)
     trained = json.loads((folder / "result.json").read_text()) if (folder / "result.json").is_file() else {}
     found = {

@@ -37,7 +37,7 @@ from genprune.tokens.hosts import host_of  # noqa: E402
 ATTENTION = re.compile(
     r"\b(Attention|AttentionRope|EvaBlock|VisionTransformer)\b|class \w*(Att|MHSA|GPSA|SHSA|LiteMLA)"
 )
-ATTENDS = re.compile(r"attention|attn|MHSA|GPSA|SHSA|LiteMLA|XCA", re.I)
+ATTENDS = re.compile(r"attention|attn|MHSA|GPSA|SHSA|LiteMLA|XCA|ParallelScaling", re.I)
 SMALL = {"depth": 3, "embed_dim": 48, "num_heads": 3}
 OF_MODULE = {  # what a class needs beside, or instead of, `SMALL`
     "vision_transformer_sam": {"depth": 4, "window_size": 2, "global_attn_indexes": (1, 3)},

@@ -60,6 +60,29 @@ def checked_layers(keep: Mapping) -> dict[int, float | int]:
     return {layer: keep[layer] for layer in sorted(keep)}
 
 
+def checked_numbers(layers: Any) -> tuple[int, ...]:
+    """Numbers of layers as a tuple, each once."""
+    fits = isinstance(layers, Iterable) and not isinstance(layers, str | Mapping)
+    numbers = tuple(layers) if fits else ()
+    if not numbers or not all(_whole(layer) and layer >= 0 for layer in numbers) or len(set(numbers)) < len(numbers):
+        raise GenpruneError(
+            f"layers={layers!r}; expected one or more whole numbers from 0, each once. Pass layers=(2, 5, 8), or None "
+            "for the default."
+        )
+    return numbers
+
+
+def checked_bounds(bounds: Any) -> tuple[float, float]:
+    """Least and most variance of the head filter."""
+    pair = tuple(bounds) if isinstance(bounds, tuple | list) else ()
+    if len(pair) != 2 or not all(map(_number, pair)) or not 0 <= pair[0] <= pair[1]:
+        raise GenpruneError(
+            f"head_filter={bounds!r}; expected (least, most) variance, 0 <= least <= most, such as (0.01, 0.7). Pass "
+            "None to keep all heads."
+        )
+    return pair
+
+
 def as_json(value: Any) -> Any:
     """A field's value as JSON has it: lists for tuples, strings for the layers of a mapping."""
     if isinstance(value, Mapping):

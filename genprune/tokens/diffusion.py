@@ -73,6 +73,11 @@ class DiffusionTokens:
         checks.check_whole("every", self.every, 1)
         object.__setattr__(self, "early", _checked_early(self.early))
         if self.operating_point is not None:
+            if not isinstance(self.operating_point, Mapping):
+                raise GenpruneError(
+                    f"operating_point={self.operating_point!r}; expected names with numbers. Pass "
+                    "operating_point={'height': 64, 'width': 64}."
+                )
             object.__setattr__(self, "operating_point", dict(self.operating_point))
 
     @property

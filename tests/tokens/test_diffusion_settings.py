@@ -44,6 +44,7 @@ def test_settings_survive_json_and_a_file(tmp_path):
         ({"early": ((0.5, 1.5),)}, "factor"),
         ({"early": 0.5}, "pairs"),
         ({"method": 0.5}, "expected a token method"),
+        ({"operating_point": 64}, "operating_point=64"),
     ],
 )
 def test_bad_values_are_refused_with_what_was_expected(values, said):

@@ -219,3 +219,13 @@ def test_choose_leaves_no_gradients_and_its_inputs_alone():
     ZeroTPrune(score="wpr").choose(q, k, 18, LayerView(1, True, 0.3, bias=bias))
     assert torch.equal(q, before[0]) and torch.equal(k, before[1]) and not bias.any()
     assert q.grad is None
+
+
+@pytest.mark.parametrize(
+    "values",
+    [{"layers": 3}, {"layers": ()}, {"layers": (2, 2)}, {"layers": "25"}, {"head_filter": 0.5},
+     {"head_filter": ("a", "b")}, {"keep": None}],
+)  # fmt: skip
+def test_values_of_another_kind_are_refused_and_no_traceback(values):
+    with pytest.raises(GenpruneError, match="expected .* Pass"):
+        ZeroTPrune(**values)

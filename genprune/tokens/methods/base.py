@@ -61,9 +61,7 @@ class TokenMethod:
         elif self.keep is not None:
             checks.check_share("keep", self.keep, zero=False)
         if self.layers is not None:
-            object.__setattr__(self, "layers", tuple(self.layers))
-            for layer in self.layers:
-                checks.check_whole("layers", layer, 0)
+            object.__setattr__(self, "layers", checks.checked_numbers(self.layers))
         checks.check_choice("of", self.of, ("macs", "latency"))
         checks.check_choice("reduce", self.reduce, ("auto", *REDUCTIONS))
         checks.check_choice("placement", self.placement, ("auto", "after_block", "before_mlp"))
@@ -141,7 +139,7 @@ class TokenMethod:
                 "`pip install -U genprune`."
             )
         known = {method.name: method for method in _named() if issubclass(method, cls)}
-        if name not in known:
+        if not isinstance(name, str) or name not in known:
             raise GenpruneError(
                 f"token method {name!r}{nearest(str(name), known)}; expected one of {', '.join(known)}. Read any of "
                 "them with TokenMethod.from_json."

@@ -74,6 +74,10 @@ class ZeroTPrune(TokenMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.keep is None:
+            raise GenpruneError(
+                "keep=None says nothing about how much stays; expected a share, or counts per layer. Pass keep=0.65."
+            )
         checks.check_choice("score", self.score, SCORES)
         checks.check_choice("start", self.start, ("auto", "cls", "uniform"))
         checks.check_choice("heads", self.heads, ("rms", "mean"))
@@ -84,12 +88,7 @@ class ZeroTPrune(TokenMethod):
             checks.check_steps(self.steps)
             object.__setattr__(self, "steps", self.steps if isinstance(self.steps, int) else tuple(self.steps))
         if self.head_filter is not None:
-            object.__setattr__(self, "head_filter", tuple(self.head_filter))
-            if len(self.head_filter) != 2 or not 0 <= self.head_filter[0] <= self.head_filter[1]:
-                raise GenpruneError(
-                    f"head_filter={self.head_filter}; expected (least, most) variance, 0 <= least <= most, such as "
-                    "(0.01, 0.7). Pass None to keep all heads."
-                )
+            object.__setattr__(self, "head_filter", checks.checked_bounds(self.head_filter))
         checks.check_share("similarity_share", self.similarity_share, zero=True)
         checks.check_positive("temperature", self.temperature)
         checks.check_whole("landmarks", self.landmarks, 1)

@@ -147,8 +147,8 @@ class TokenHandle:
         """The present setting with explicit counts, to save as JSON and to use again: `prune_tokens(model, path)`."""
         report = self.report()
         figures = {"macs": report.total_macs, "keep": report.keep}
-        if report.measured is not None:
-            figures |= {"latency": report.measured.share, "latency_batch_size": report.measured.batch_size}
+        if self._measured is not None:
+            figures |= {"latency": self._measured.share, "latency_batch_size": self._measured.batch_size}
         counts = self.counts or {self._host.scored[0]: self._host.patches}
         method = self.method.changed(keep=dict(counts), of="macs", layers=None)
         depth = len(self._host.paths)

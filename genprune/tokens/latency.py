@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from genprune.metrics.latency import LatencyComparison, compare_latency
 from genprune.tokens import checks
 from genprune.tokens.attached import take_off
-from genprune.tokens.hosts import TokenHost, host_of
+from genprune.tokens.hosts import TokenHost, twin_of
 from genprune.tokens.methods import TokenMethod
 from genprune.tokens.schedule import Counts, per_layer
 from genprune.tokens.state import TokenState
@@ -49,7 +49,7 @@ class Timing:
         """
         with untouched(host.model), torch.inference_mode():
             dense, reduced = _sharing_copy(host.model), _sharing_copy(host.model)
-            twin = host_of(reduced)
+            twin = twin_of(host, reduced)
             state = TokenState(next(iter(tried.values()))[0], len(twin.paths))
             attached = twin.attach(state)
             inputs = {name: self._batch(value) for name, value in host.example_inputs(dense).items()}

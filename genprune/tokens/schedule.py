@@ -196,6 +196,8 @@ def explicit(keep: Mapping[int, float | int], host: TokenHost) -> Counts:
 
 def per_layer(counts: Mapping[int, int], host: TokenHost) -> tuple[Kept, ...]:
     """One entry for each layer: `(after, before)`, or None where nothing goes."""
+    if hasattr(host, "schedule"):  # levels, each of a size of its own
+        return host.schedule(counts)
     schedule, now = [], host.patches
     for layer in range(len(host.paths)):
         after = counts.get(layer, now)

@@ -7,6 +7,7 @@ it does not know.
 from __future__ import annotations
 
 import importlib
+from dataclasses import replace
 from typing import Protocol
 
 from torch import Tensor, nn
@@ -58,6 +59,14 @@ class TokenHost(Protocol):
 
     def example_inputs(self, model: nn.Module) -> dict[str, Tensor]:
         """Keyword arguments of one call at batch 1, on the device of `model`, a copy of the host (or on meta)."""
+
+
+def twin_of(host: TokenHost, model: nn.Module) -> TokenHost:
+    """The host of a copy of its model, for one call that scores: of a denoiser, with its settings of every step."""
+    twin = host_of(model)
+    if getattr(host, "denoiser", False):
+        twin.settings = replace(host.settings, guidance="apart", early=(), every=1)
+    return twin
 
 
 def host_of(model: nn.Module) -> TokenHost:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -12,6 +13,7 @@ from genprune.errors import UnsupportedModel
 from genprune.families import OperatingPoint, family_of
 from genprune.tokens.denoising_steps import Steps
 from genprune.tokens.diffusion import DiffusionTokens
+from genprune.tokens.level_costs import level_schedule
 from genprune.tokens.level_hooks import LevelHooks, UNetEnds
 from genprune.tokens.methods import TokenMethod
 from genprune.tokens.state import TokenState
@@ -79,6 +81,10 @@ class UNetLevels:
 
     def check(self, method: TokenMethod) -> None:
         """Nothing that a method asks for stands in the way here; see `DiffusionTokens` for what has no effect."""
+
+    def schedule(self, counts: Mapping[int, int]) -> tuple:
+        """See `genprune.tokens.schedule.per_layer`."""
+        return level_schedule(self, counts)
 
     def attach(self, state: TokenState) -> list:
         steps = self.steps = Steps(self.settings)

@@ -36,7 +36,7 @@ MODELS = {
 def built(name: str):
     torch.manual_seed(0)
     entry, settings = MODELS[name]
-    return timm.create_model(entry, **settings).eval()
+    return timm.create_model(entry, **settings).eval().requires_grad_(False)  # the counter tracks gradients
 
 
 def image(model, batch=1):

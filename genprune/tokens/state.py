@@ -105,7 +105,8 @@ class Shadow:
         return self
 
     def remove(self) -> None:
-        self.module.__dict__.pop(self.name, None)
+        if self.module.__dict__.get(self.name) is self:  # not that of a later reduction
+            self.module.__dict__.pop(self.name)
 
     def host(self, *args, **kwargs):
         """What the class does."""

@@ -38,6 +38,12 @@ def found_on(model: nn.Module) -> tuple[TokenState | None, list]:
     return state, found
 
 
+def steps_of(attached: list):
+    """What the hooks of a denoiser that were found know across calls."""
+    hooks = (getattr(one.module, one.kind)[one.key] for one in attached if isinstance(one, FoundHook))
+    return next(hook.__self__.steps for hook in hooks)
+
+
 def take_off(model: nn.Module) -> None:
     """Remove whatever a token reduction has put on a model."""
     for hook in found_on(model)[1]:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from genprune.errors import BudgetUnreachable, GenpruneError, NoMatchingSites, UnsupportedModel
+from genprune.tokens.attached import steps_of
 from genprune.tokens.diffusion import DiffusionTokens
 from genprune.tokens.handle import TokenHandle
 from genprune.tokens.level_costs import Counts, LevelCosts, level_schedule
@@ -37,7 +38,11 @@ class DiffusionHandle(TokenHandle):
         return self.use(self.settings.changed(**changes))
 
     def use(self, settings: DiffusionTokens) -> DiffusionHandle:
-        """Switch to these settings."""
+        """Switch to these settings. Raises what `set` does."""
+        self._check_on()
+        return self._switch(settings)
+
+    def _switch(self, settings: DiffusionTokens) -> DiffusionHandle:
         old = self._host.settings
         self._host.settings = settings
         if settings.operating_point != old.operating_point:
@@ -234,12 +239,19 @@ class LevelHandle(DiffusionHandle):
         )
 
 
+def handle_found(host, state: TokenState, attached: list, timing=None) -> DiffusionHandle:
+    """The handle of a denoiser whose hooks are on. See `genprune.tokens.handle.handle_of`."""
+    host.steps = steps_of(attached)
+    host.settings = host.steps.settings
+    return (LevelHandle if hasattr(host, "blocks") else DiffusionHandle)(host, state, attached, timing)
+
+
 def reduce_denoiser(host, settings: DiffusionTokens | TokenMethod, timing=None) -> DiffusionHandle:
     """Attach to a denoiser's host. See `genprune.tokens.handle.prune_tokens`."""
     settings = settings if isinstance(settings, DiffusionTokens) else DiffusionTokens(settings)
     state = TokenState(settings.method, len(host.paths))
     handle = (LevelHandle if hasattr(host, "blocks") else DiffusionHandle)(host, state, [], timing)
-    handle.use(settings)
+    handle._switch(settings)
     handle._attached += host.attach(state)
     if not handle._attached:
         raise UnsupportedModel(f"nothing of this {type(host.model).__name__} could be hooked; expected blocks.")

@@ -108,9 +108,17 @@ class TokenHandle:
         A compiled model compiles once for each setting that it meets and keeps what it compiled.
 
         Raises:
-            GenpruneError: an unknown setting or a bad value; the old setting then stays.
+            GenpruneError: an unknown setting or a bad value; the old setting then stays. Or the hooks are off.
         """
+        self._check_on()
         return self._use(self.method.changed(**changes))
+
+    def _check_on(self) -> None:
+        if found_on(self.model)[0] is not self._state:
+            raise GenpruneError(
+                f"the hooks of this handle are off its {type(self.model).__name__}: it was removed; expected one that "
+                "is on. Call gp.prune_tokens(model, method) again."
+            )
 
     def _use(self, method: TokenMethod) -> TokenHandle:
         method = method.settled(self._host.merges, self._host.before_mlp)
@@ -235,4 +243,9 @@ def handle_of(model: nn.Module, *, timing: Timing | None = None) -> TokenHandle:
             f"no tokens are reduced on this {type(model).__name__}; expected a model that gp.prune_tokens was called "
             "on, or a copy of one. Call gp.prune_tokens(model, method)."
         )
-    return TokenHandle(host_of(denoiser(model)), state, attached, timing)
+    host = host_of(denoiser(model))
+    if getattr(host, "denoiser", False):
+        from genprune.tokens.diffusion_handle import handle_found
+
+        return handle_found(host, state, attached, timing)
+    return TokenHandle(host, state, attached, timing)

@@ -13,6 +13,7 @@ from typing import Any
 from genprune.errors import GenpruneError, PlanMismatch, nearest
 from genprune.files import whole_file
 from genprune.tokens import checks
+from genprune.tokens.diffusion import KIND, DiffusionTokens
 from genprune.tokens.hosts import TokenHost
 from genprune.tokens.methods import TokenMethod, ZeroTPrune
 
@@ -127,8 +128,8 @@ class TokenPreset:
         return found
 
 
-def read(path: str | os.PathLike) -> TokenPreset | TokenMethod:
-    """The preset, or the method, in a JSON file; or the published preset of that name.
+def read(path: str | os.PathLike) -> TokenPreset | TokenMethod | DiffusionTokens:
+    """The preset, the method, or the settings for a denoiser, in a JSON file; or the published preset of that name.
 
     Raises:
         PlanMismatch: there is no such file or name, or it holds something else.
@@ -144,6 +145,8 @@ def read(path: str | os.PathLike) -> TokenPreset | TokenMethod:
         ) from None
     if isinstance(data, dict) and "preset" in data:
         return TokenPreset.from_json(data)
+    if isinstance(data, dict) and data.get("kind") == KIND:
+        return DiffusionTokens.from_json(data)
     return TokenMethod.from_json(data)
 
 

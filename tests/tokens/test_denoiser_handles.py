@@ -96,3 +96,12 @@ def test_an_old_handle_takes_nothing_from_a_later_reduction():
     wanted = model(images())
     old.remove()
     assert torch.equal(model(images()), wanted)
+
+
+def test_saved_settings_are_taken_by_their_path(tmp_path):
+    model, settings = denoiser("sd"), gp.DiffusionTokens(gp.ZeroTPrune(), tokens=0.5, every=2)
+    settings.save(tmp_path / "settings.json")
+    with gp.prune_tokens(model, tmp_path / "settings.json") as handle:
+        assert handle.settings == settings
+    with pytest.raises(gp.UnsupportedModel, match="no denoiser"):
+        gp.prune_tokens(vit(), tmp_path / "settings.json")

@@ -350,6 +350,7 @@ def tokens(
     console.quiet_hosts()
     if preset is not None:
         named = {"--keep": keep, "--counts": counts, "--score": score, "--layers": layers, "--set": settings or None}
+        named |= {"--method": None if method == "zero_tprune" else method, "--of": None if of.value == "macs" else of}
         if given := [name for name, value in named.items() if value is not None]:
             raise GenpruneError(f"--preset and {', '.join(given)} are given; a preset has its own. Leave one out.")
     if keep is not None and counts is not None:

@@ -98,6 +98,7 @@ def test_a_timm_name_without_weights():
         (("--set", "reduse=drop"), "nearest name: 'reduce'"),
         (("--preset", "nowhere.json"), "'nowhere.json' cannot be read"),
         (("--preset", "deit-.9", "--keep", 0.5), "--preset and --keep are given"),
+        (("--preset", "deit-.9", "--method", "tome", "--of", "latency"), "--preset and --method, --of are given"),
         (("--preset", "deit-.9"), "PlanMismatch: the preset is for 12 layers"),
         (("--preset", "deit-.9", "--search"), "--search and --preset are both given"),
         (("--images", "nowhere"), "'nowhere' is no folder"),

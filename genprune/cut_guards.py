@@ -31,8 +31,8 @@ def check_cuttable(model: nn.Module) -> None:
     """Refuse a model whose layers are not all its own, before anything changes.
 
     Raises:
-        PlanMismatch: an adapter is on a layer, or offloading holds the weights elsewhere. CutFailed: an earlier cut
-        failed midway.
+        PlanMismatch: an adapter is on a layer, tokens are reduced, or offloading holds the weights elsewhere.
+        CutFailed: an earlier cut failed midway.
     """
     if model.__dict__.get("_genprune_cut_failed"):
         _refuse(model)
@@ -41,6 +41,11 @@ def check_cuttable(model: nn.Module) -> None:
             f"an adapter is on {len(wrapped)} layers ('{wrapped[0]}', ...); expected a model without. Call "
             "pipe.fuse_lora() and then pipe.unload_lora_weights() to keep what the LoRA does, or only the second, "
             "and cut then."
+        )
+    if any(_reduces_tokens(hook) for module in model.modules() for hook in module._forward_pre_hooks.values()):
+        raise PlanMismatch(
+            f"tokens of this {type(model).__name__} are reduced by hooks on the blocks that the cut may take away; "
+            "expected a model without. Call the handle's remove() first, and prune_tokens(...) after the cut."
         )
     for path, module in model.named_modules():
         hook = getattr(module, "_hf_hook", None)
@@ -56,6 +61,11 @@ def check_cuttable(model: nn.Module) -> None:
                 f"group offloading holds a list of the weights of '{path}'; expected a model without. Load it again, "
                 "cut it, and enable the group offload after the cut."
             )
+
+
+def _reduces_tokens(hook: Any) -> bool:
+    """Whether a hook is of a token reduction, whose room is above this one: its state says so."""
+    return getattr(getattr(getattr(hook, "__self__", None), "state", None), "reduces_tokens", False)
 
 
 def check_room(model: nn.Module, masks: Mapping[tuple[str, str], Tensor]) -> None:

@@ -39,7 +39,19 @@ FLOORS = (
     ("routers",),
     ("pipelines",),
     ("bench",),
-    ("model_source", "inspection", "prune_run", "recover_run", "tokens_run", "demo", "demo_page", "console", "cli"),
+    (
+        "model_source",
+        "inspection",
+        "prune_run",
+        "recover_run",
+        "tokens_run",
+        "demo",
+        "demo_page",
+        "console",
+        "cli_options",
+        "cli_tokens",
+        "cli",
+    ),
 )
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 

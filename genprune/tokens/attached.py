@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import sys
+
+import torch
 from torch import nn
 
-from genprune.tokens.state import Shadow, TokenState
+from genprune.tokens.state import CompiledApart, Shadow, TokenState
 
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 _FLAGS = ("_with_kwargs", "_always_called")
@@ -58,3 +61,26 @@ def reduced(model: nn.Module) -> bool:
 def _state_of(hook) -> TokenState | None:
     state = getattr(getattr(hook, "__self__", None), "state", None)
     return state if isinstance(state, TokenState) else None
+
+
+def told_compilers(model: nn.Module, state: TokenState) -> list:
+    """What makes `torch.compile` see the hooks that were just put on, objects with `remove()`.
+
+    Where a model has no method for `CompiledApart` to stand before, everything that was compiled in this process is
+    forgotten, now and when the hooks come off.
+    """
+    if isinstance(model.__dict__.get(CompiledApart.name), Shadow):
+        return []  # the host needed one there itself
+    if hasattr(type(model), CompiledApart.name):
+        return [CompiledApart(model, state).attach()]
+    forgotten = Forgotten()
+    forgotten.remove()
+    return [forgotten]
+
+
+class Forgotten:
+    """Forgets what was compiled in this process, where anything was."""
+
+    def remove(self) -> None:
+        if "torch._dynamo" in sys.modules:
+            torch.compiler.reset()

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from genprune.errors import BudgetUnreachable, GenpruneError, NoMatchingSites, UnsupportedModel
-from genprune.tokens.attached import steps_of
+from genprune.tokens.attached import steps_of, told_compilers
 from genprune.tokens.diffusion import DiffusionTokens
 from genprune.tokens.handle import TokenHandle
 from genprune.tokens.level_costs import Counts, LevelCosts, level_schedule
@@ -255,4 +255,5 @@ def reduce_denoiser(host, settings: DiffusionTokens | TokenMethod, timing=None) 
     handle._attached += host.attach(state)
     if not handle._attached:
         raise UnsupportedModel(f"nothing of this {type(host.model).__name__} could be hooked; expected blocks.")
+    handle._attached += told_compilers(host.model, state)
     return handle

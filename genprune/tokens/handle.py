@@ -10,7 +10,7 @@ from torch import nn
 
 from genprune.errors import GenpruneError, UnsupportedModel
 from genprune.families import denoiser
-from genprune.tokens.attached import found_on, reduced
+from genprune.tokens.attached import found_on, reduced, told_compilers
 from genprune.tokens.budgets import Budgets, Measured, Planned
 from genprune.tokens.costs import TokenCosts, counted
 from genprune.tokens.diffusion import DiffusionTokens
@@ -228,6 +228,7 @@ def prune_tokens(
         raise UnsupportedModel(
             f"nothing of this {type(model).__name__} could be hooked; expected blocks. `docs/tokens.md` lists models."
         )
+    handle._attached += told_compilers(host.model, state)
     return handle
 
 

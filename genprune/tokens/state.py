@@ -53,6 +53,8 @@ class TokenState:
 
     _of_a_call = ("at", "query", "key", "rope", "bias", "residual", "branch", "full")
 
+    reduces_tokens = True  # what a cut asks the hooks of a model for
+
     def __init__(self, method: TokenMethod, depth: int):
         self.method = method
         self.depth = depth
@@ -77,7 +79,11 @@ class TokenState:
         if kept is None:
             return count
         after, before = kept
-        return after if count == before else max(1, count * after // before)
+        if count == before:
+            return after
+        # Rounded down, but what takes at most half must not take more: methods that merge pairs cannot.
+        least = count - count // 2 if 2 * after >= before else 1
+        return max(least, count * after // before)
 
     def __getstate__(self) -> dict:
         """Without the tensors of the last call."""
@@ -111,3 +117,16 @@ class Shadow:
     def host(self, *args, **kwargs):
         """What the class does."""
         return getattr(type(self.module), self.name)(self.module, *args, **kwargs)
+
+
+class CompiledApart(Shadow):
+    """Nothing but the host's method, so that a compiled model sees that it is another one.
+
+    `torch.compile` does not look at hooks when it decides whether it has compiled a model, or one like it, before: what
+    was compiled without hooks would go on running without them, and say nothing. It does see a method in the way.
+    """
+
+    name = "forward_features"
+
+    def __call__(self, *args, **kwargs):
+        return self.host(*args, **kwargs)

@@ -30,7 +30,7 @@ def test_calls_of_every_kind_in_any_order(method):
                 model.forward_intermediates(x) if abort == "norm2" else model(x)
             hook.remove()
             assert torch.equal(model(x), first)
-        assert model.forward_features(images(3, 48)).shape == (3, 1 + (36 * 12 // 16) * 6 // 12, 24)
+        assert model.forward_features(images(3, 48)).shape == (3, 1 + 14, 24)  # of 36: 27, and no less than half
         model.forward_intermediates(images(1, 24))
         assert torch.equal(model(x), first)
         assert torch.equal(model.forward_features(x), features)
@@ -477,3 +477,46 @@ def test_relative_positions_are_gathered_for_every_picture_alone():
             dense = model.forward_features(x[row : row + 1])
             del hook.__dict__["get_bias"]
             torch.testing.assert_close(dense[:, alive], short[row : row + 1], rtol=1e-4, atol=1e-4)
+
+
+def test_another_size_merges_at_most_half():
+    """64 to 32 patches halves; of 49 a merge of pairs can take 24 at most, where rounding down would ask for 25."""
+    model = vit(dynamic_img_size=True)
+    with torch.no_grad(), gp.prune_tokens(model, gp.ToMe(keep={0: 8})):
+        for side, patches in ((32, 8), (40, 13), (56, 25)):
+            count = (side // 8) ** 2
+            assert model.forward_features(images(1, side)).shape[1] == 1 + patches, count
+
+
+def test_a_cut_asks_for_all_tokens():
+    import timm
+
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, depth=3, num_classes=5)
+    plan = gp.PruningPlan(plan_base(model), {"blocks.0.attn:heads": torch.tensor([True, False, True])})
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    handle = gp.prune_tokens(model, DROP)
+    with pytest.raises(gp.PlanMismatch, match="remove"):
+        gp.cut(model, plan)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    handle.remove()
+    gp.cut(model, plan)
+
+
+@pytest.mark.parametrize("build", [vit, eva, naflex, sam], ids=lambda build: build.__name__)
+def test_what_was_compiled_before_sees_the_hooks(build):
+    """torch.compile does not guard on hooks: a model compiled dense, or one like it, would run on without them."""
+    torch._dynamo.reset()
+    model, other, x = build(), build(), images()
+    method = gp.ZeroTPrune(keep={model_layer(model): 0.5}, reduce="drop")
+    compiled, apart = (torch.compile(each, backend="eager", fullgraph=True) for each in (model, other))
+    with torch.no_grad():
+        dense = compiled(x)
+        with gp.prune_tokens(other, method):
+            assert torch.equal(apart(x), other(x)) and not torch.equal(apart(x), dense)
+        with gp.prune_tokens(model, method):
+            assert torch.equal(compiled(x), model(x)) and not torch.equal(compiled(x), dense)
+        assert torch.equal(compiled(x), dense)
+
+
+def model_layer(model) -> int:
+    return host_of(model).scored[0]

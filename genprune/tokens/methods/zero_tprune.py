@@ -47,7 +47,7 @@ class ZeroTPrune(TokenMethod):
         keys: how keys of heads are compared: their `mean`, or the `concat` of them.
         landmarks: patches that vote for all, >= 1.
         dense_limit: tokens up to which the map of all votes is made in one piece.
-        seed: of `random`.
+        seed: of `random`, which is drawn for each place in a batch.
 
     Reference:
         Wang et al., arXiv 2305.17328. The split between the stages is not published: `similarity_share` is ours.

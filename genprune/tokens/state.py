@@ -122,8 +122,8 @@ class Shadow:
 class CompiledApart(Shadow):
     """Nothing but the host's method, so that a compiled model sees that it is another one.
 
-    `torch.compile` does not look at hooks when it decides whether it has compiled a model, or one like it, before: what
-    was compiled without hooks would go on running without them, and say nothing. It does see a method in the way.
+    `torch.compile` does not look at hooks when it decides whether it has compiled a model, or one like it, before:
+    what was compiled without hooks would go on running without them, and say nothing. It does see a method in the way.
     """
 
     name = "forward_features"

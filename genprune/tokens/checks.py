@@ -1,12 +1,16 @@
-"""Checks of the fields of token methods, and their form in JSON."""
+"""Checks of the fields of token methods, their form in JSON, and the files that hold it."""
 
 from __future__ import annotations
 
+import json
 import math
+import os
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
-from genprune.errors import GenpruneError, nearest
+from genprune.errors import GenpruneError, PlanMismatch, nearest
+from genprune.files import whole_file
 
 
 def check_choice(field: str, value: Any, known: Iterable[str]) -> None:
@@ -112,3 +116,19 @@ def _whole(value: Any) -> bool:
 
 def _number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def write_json(values: Mapping[str, Any], path: str | os.PathLike) -> None:
+    """Write a JSON file, whole or not at all."""
+    with whole_file(path) as temporary:
+        temporary.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+
+
+def read_json_text(path: str | os.PathLike, writer: str) -> str:
+    """The text of a file that `writer` (named in the message) wrote. Raises `PlanMismatch` where there is none."""
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise PlanMismatch(
+            f"'{path}' cannot be read ({error}); expected the JSON file that {writer} writes. Check the path."
+        ) from None

@@ -7,11 +7,9 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-from genprune.errors import GenpruneError, PlanMismatch, nearest
-from genprune.files import whole_file
+from genprune.errors import GenpruneError, nearest
 from genprune.tokens import checks
 from genprune.tokens.methods import TokenMethod, ZeroTPrune
 
@@ -145,19 +143,12 @@ class DiffusionTokens:
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the settings as a JSON file."""
-        with whole_file(path) as temporary:
-            temporary.write_text(json.dumps(self.to_json(), indent=1) + "\n", encoding="utf-8")
+        checks.write_json(self.to_json(), path)
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> DiffusionTokens:
         """Read what `save` wrote. Raises `PlanMismatch` where there is no such text, else see `from_json`."""
-        try:
-            text = Path(path).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise PlanMismatch(
-                f"'{path}' cannot be read ({error}); expected the JSON file that settings.save writes. Check the path."
-            ) from None
-        return cls.from_json(text)
+        return cls.from_json(checks.read_json_text(path, "settings.save"))
 
 
 def _checked_early(early: Any) -> tuple[tuple[float, float], ...]:

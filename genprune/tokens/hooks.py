@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from genprune.errors import UnsupportedModel
 from genprune.tokens.choice import Choice, LayerView
-from genprune.tokens.reducing import gather_tokens, reduce_tokens, restore_tokens
+from genprune.tokens.reducing import compose, gather_tokens, reduce_tokens, restore_tokens
 from genprune.tokens.state import Tokens, TokenState
 
 
@@ -254,7 +254,7 @@ class LayerHooks:
             return hidden
         choice = self._choice(keep, now)
         hidden, size = reduce_tokens(hidden, choice, self.prefix, state.method.reduce, now.size)
-        origin = choice.kept if now.origin is None else now.origin.gather(1, choice.kept)
+        origin = choice.kept if now.origin is None else compose(now.origin, choice.kept)
         stands = now.stands
         if choice.target is not None:
             stands = choice.target if now.origin is None else choice.target.gather(1, now.stands)

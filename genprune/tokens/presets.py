@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from genprune.errors import GenpruneError, PlanMismatch, nearest
-from genprune.files import whole_file
 from genprune.tokens import checks
 from genprune.tokens.diffusion import KIND, DiffusionTokens
 from genprune.tokens.hosts import TokenHost
@@ -113,8 +112,7 @@ class TokenPreset:
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the preset as a JSON file, whole or not at all."""
-        with whole_file(path) as temporary:
-            temporary.write_text(json.dumps(self.to_json(), indent=1) + "\n", encoding="utf-8")
+        checks.write_json(self.to_json(), path)
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> TokenPreset:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from genprune.tokens.choice import Choice
-from genprune.tokens.reducing import gather_tokens, reduce_tokens, restore_tokens
+from genprune.tokens.reducing import compose, gather_tokens, reduce_tokens, restore_tokens
 
 
 class Span(NamedTuple):
@@ -44,7 +44,7 @@ class Stream(NamedTuple):
         if self.origin is None:
             origin, stands = choice.kept, choice.target
         else:
-            origin = self.origin.gather(1, choice.kept)
+            origin = compose(self.origin, choice.kept)
             known = self.stands is not None and choice.target is not None
             stands = choice.target.gather(1, self.stands) if known else None
         return Stream(self.count, origin, stands, self.spans if span is None else (*self.spans, span))

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ class PipelineData:
         process: the scheduler's forward process.
         clean: shape `(n, ...)` in the denoiser's layout, float32.
         prompt_of: index into the conditions of each latent.
+        noise_range: [low, high), the part of the training timesteps that is drawn from, as shares of them.
     """
 
     process: Any
@@ -42,9 +44,33 @@ class PipelineData:
     sample_argument: str
     settings: NormalizedDistillation
     fingerprint: str
+    noise_range: tuple[float, float] = (0.0, 1.0)
 
     def __post_init__(self) -> None:
         self.order = Shuffled(len(self.clean), self.settings.seed)
+
+    def part(self, rows: Sequence[int], noise_range: tuple[float, float] = (0.0, 1.0)) -> PipelineData:
+        """The same data with these of its latents alone, at timesteps of this range; conditions are shared.
+
+        Raises:
+            GenpruneError: no timestep is in the range.
+        """
+        low, high = noise_range
+        count = self.process.train_timesteps
+        whole = isinstance(self.process, FlowProcess) or math.ceil(low * count) < high * count
+        if not (0 <= low < high <= 1 and whole):
+            raise GenpruneError(
+                f"noise_range={noise_range!r} has none of the {count} training timesteps; expected 0 <= low < high <= "
+                "1 with some between. Pass wider bounds."
+            )
+        told = [self.fingerprint, list(rows), list(noise_range)]
+        return replace(
+            self,
+            clean=self.clean[list(rows)],
+            prompt_of=[self.prompt_of[row] for row in rows],
+            fingerprint=hashlib.sha256(json.dumps(told).encode()).hexdigest(),
+            noise_range=tuple(noise_range),
+        )
 
     def rows(self, indices: Iterable[int]) -> NoisedRows:
         """Noised rows and their targets, on the CPU: everything drawn per sample."""
@@ -53,7 +79,7 @@ class PipelineData:
         like = torch.empty(0, dtype=conditions.dtype)
         for index in indices:
             generator, item = generator_of(settings.seed, index), self.order.item(index)
-            timestep = drawn_timestep(process, settings.timestep_sampling, generator)
+            timestep = self._timestep(generator)
             dropped.append(float(torch.rand((), generator=generator)) < settings.prompt_dropout)
             clean = self.clean[item]
             noise = torch.randn(clean.shape, generator=generator)
@@ -70,6 +96,14 @@ class PipelineData:
         inputs = conditions.of(prompts, dropped)
         inputs |= {self.sample_argument: torch.stack(samples), "timestep": torch.cat(timesteps)}
         return NoisedRows(inputs, torch.stack(targets), torch.stack(weights) if weights else None)
+
+    def _timestep(self, generator: torch.Generator) -> float:
+        """Drawn again until it is in the range: the first draw where that is everything."""
+        low, high = self.noise_range
+        while True:
+            timestep = drawn_timestep(self.process, self.settings.timestep_sampling, generator)
+            if low <= timestep / self.process.train_timesteps < high or (low, high) == (0.0, 1.0):
+                return timestep
 
 
 def pipeline_data(

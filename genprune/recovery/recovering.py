@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
+import dataclasses
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from genprune.errors import GenpruneError, PlanMismatch
 from genprune.families import denoiser, denoiser_slot
 from genprune.masks.checkpoints import checkpoints
 from genprune.plan import PruningPlan
+from genprune.recovery.accelerators import accelerator_of, check_accelerator
 from genprune.recovery.checkpoints import Snapshots
 from genprune.recovery.distillation import NormalizedDistillation
 from genprune.recovery.loop import RecoveryResult, RecoveryRun, Validation
@@ -21,7 +22,7 @@ from genprune.recovery.lora_training import ADAPTER, attach_lora, save_lora
 from genprune.recovery.models import described_model, on_device, teaching, trained_parameters, training_mode
 from genprune.recovery.own_data import own_data
 from genprune.recovery.pairing import feature_pairs
-from genprune.recovery.pipeline_data import cache_folder, pipeline_data
+from genprune.recovery.pipeline_data import PipelineData, cache_folder, pipeline_data
 from genprune.recovery.training import RecoveryTraining
 
 
@@ -59,6 +60,7 @@ def recover(
         data: for a pipeline, clean latents `(n, C, h, w)`, images `(n, 3, H, W)` in [0, 1] or PIL images, one a
             prompt. For bare models, `(inputs, target)` batches of a denoiser, or `(images, labels)` batches or a
             dataset of `(image, label)` for a timm classifier. All of them are held in memory, but for a dataset.
+            Or the `PipelineData` of an earlier call of `pipeline_data` with this teacher, which has the prompts.
         plan: what the target was cut by, where it is a stock export with renumbered blocks.
         output_dir: gets `checkpoint-*`, `curve.jsonl` and `teacher_data`. None: nothing is written.
         resume: go on from the newest checkpoint there, to the bit as without the interruption; from the start where
@@ -91,10 +93,17 @@ def recover(
     pairs = []
     if method.feature_weight:
         pairs = feature_pairs(student, dense, plan=plan, pairing=method.pairing, pairs=method.pairs)
-    with _accelerator(accelerator, method, log_with, output_dir) as accelerator, teaching(dense, accelerator.device):
-        _check_accelerator(accelerator, method)
-        with accelerator.main_process_first(), on_device((teacher, target), accelerator.device):
-            if denoiser_slot(target) is None and denoiser_slot(teacher) is None:
+    with (
+        accelerator_of(accelerator, method, log_with, output_dir, "genprune-recovery") as accelerator,
+        teaching(dense, accelerator.device),
+    ):
+        check_accelerator(accelerator, method)
+        made = isinstance(data, PipelineData)
+        pipes = () if made else (teacher, target)
+        with accelerator.main_process_first(), on_device(pipes, accelerator.device):
+            if made:
+                rows = dataclasses.replace(data, settings=method)
+            elif denoiser_slot(target) is None and denoiser_slot(teacher) is None:
                 rows = own_data(student, data, method)
             else:
                 cache, options = cache_folder(output_dir), dict(pipeline_options or {})
@@ -122,68 +131,6 @@ def recover(
         if output_dir is not None and method.lora_rank is not None and writes:
             save_lora(target, output_dir)
     return result
-
-
-@contextlib.contextmanager
-def _accelerator(
-    given: Any, method: NormalizedDistillation, log_with: str | None, output_dir: str | os.PathLike | None
-) -> Iterator[Any]:
-    """The user's accelerator, or one of our own that leaves no state behind."""
-    if given is not None:
-        if given.mixed_precision != method.mixed_precision:
-            raise GenpruneError(
-                f"the accelerator has mixed_precision='{given.mixed_precision}', the method "
-                f"'{method.mixed_precision}'; expected the same. Change one of them."
-            )
-        yield given
-        return
-    from accelerate import Accelerator, DistributedDataParallelKwargs
-    from accelerate.state import AcceleratorState
-
-    before = bool(AcceleratorState._shared_state)
-    # what a cut left of a host may have parameters that an output does not read
-    spread = DistributedDataParallelKwargs(find_unused_parameters=True, broadcast_buffers=False)
-    try:
-        accelerator = Accelerator(
-            mixed_precision=method.mixed_precision,
-            cpu=not torch.cuda.is_available(),
-            log_with=log_with,
-            project_dir=output_dir,
-            kwargs_handlers=[spread],
-        )
-    except ValueError as error:
-        raise GenpruneError(
-            f"accelerate refuses mixed_precision='{method.mixed_precision}' here ({error}); expected a precision that "
-            "this device and this process can run. Pass mixed_precision='no', or an accelerator of your own."
-        ) from None
-    try:
-        if log_with is not None:
-            plain = {name: value for name, value in method.to_json().items() if isinstance(value, (int, float, str))}
-            accelerator.init_trackers("genprune-recovery", config=plain)
-        yield accelerator
-    finally:
-        for tracker in accelerator.trackers:
-            tracker.finish()
-        if not before:
-            AcceleratorState._reset_state()  # or a later call could not choose another precision
-
-
-def _check_accelerator(accelerator: Any, method: NormalizedDistillation) -> None:
-    """Raises `GenpruneError` for float16 on a CPU, and where weights are split over processes.
-
-    Checkpoints and averages expect whole weights.
-    """
-    if method.mixed_precision == "fp16" and accelerator.device.type == "cpu":
-        raise GenpruneError(
-            "mixed_precision='fp16' on a CPU, where accelerate would run float32 instead; expected a GPU. Pass "
-            "mixed_precision='no' or 'bf16'."
-        )
-    kind = str(accelerator.distributed_type).rpartition(".")[2]
-    if kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM", "TP"):
-        raise GenpruneError(
-            f"accelerate is set to {kind}; expected one process or data parallelism (MULTI_GPU, MULTI_CPU). Run "
-            "`accelerate config` again, and pass lora_rank=16 or gradient_checkpointing=True for less memory."
-        )
 
 
 def _check_arguments(

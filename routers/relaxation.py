@@ -3,9 +3,9 @@
     width:  m = sigmoid((logit + G + b) / T)
     depth:  p = flip(cumsum(softmax(logits))),   m = sigmoid((log(p / (1 - p)) + G + b) / T)
 
-with one Gumbel(0, 1) draw G, the temperature T and the offset b. A gate is hard, `1[m >= 1/2]`, and its gradient that of
-m (straight through), in training as in use: no soft mask has to become a hard one at the end. Where nothing is to be
-drawn, G is its median.
+with one Gumbel(0, 1) draw G, the temperature T and the offset b. A gate is hard, `1[m >= 1/2]`, and its gradient that
+of m (straight through), in training as in use: no soft mask has to become a hard one at the end. Where nothing is to
+be drawn, G is its median.
 
 Reference:
     APTP (arXiv 2406.12042, section 3); the release's constants.

@@ -97,6 +97,16 @@ class PipelineData:
         inputs |= {self.sample_argument: torch.stack(samples), "timestep": torch.cat(timesteps)}
         return NoisedRows(inputs, torch.stack(targets), torch.stack(weights) if weights else None)
 
+    def prompt_indices(self, indices: Iterable[int]) -> list[int]:
+        """Of the rows of these sample indices: which of the distinct prompts each has, in order of appearance."""
+        return [self.prompt_of[self.order.item(index)] for index in indices]
+
+    def noise_levels(self, indices: Iterable[int]) -> list[float]:
+        """Of the same rows: their timestep as a share of the training timesteps, in [0, 1]; 1 is noise."""
+        process, sampling, seed = self.process, self.settings.timestep_sampling, self.settings.seed
+        drawn = (drawn_timestep(process, sampling, generator_of(seed, index)) for index in indices)
+        return [timestep / process.train_timesteps for timestep in drawn]
+
     def _timestep(self, generator: torch.Generator) -> float:
         """Drawn again until it is in the range: the first draw where that is everything."""
         low, high = self.noise_range

@@ -1,5 +1,33 @@
-"""Drop-in pipelines: loading and pruning of whole diffusers pipelines. Imported as `genprune.pipelines`."""
+"""Drop-in pipelines: loading, pruning and routing of whole diffusers pipelines. Imported as `genprune.pipelines`.
 
-from genprune.pipelines.loading import load_pipeline, pipeline_folder
+Every name below is loaded when it is first used.
+"""
 
-__all__ = ["load_pipeline", "pipeline_folder"]
+from __future__ import annotations
+
+import importlib
+
+# Public name -> module that defines it, one a line.
+_LAZY = {
+    "ExpertStore": "genprune.pipelines.stores",
+    "MaterialisedStore": "genprune.pipelines.stores",
+    "ReorderedStore": "genprune.pipelines.stores",
+    "RoutedPipeline": "genprune.pipelines.routed",
+    "accelerate_pipeline": "genprune.pipelines.wrappers",
+    "load_pipeline": "genprune.pipelines.loading",
+    "pipeline_folder": "genprune.pipelines.loading",
+    "prune_pipeline": "genprune.pipelines.wrappers",
+    "route_pipeline": "genprune.pipelines.wrappers",
+}
+
+__all__ = list(_LAZY)
+
+
+def __getattr__(name: str):
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    raise AttributeError(f"module 'genprune.pipelines' has no attribute '{name}'")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_LAZY])

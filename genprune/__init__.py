@@ -67,6 +67,12 @@ _LAZY = {
     "ToMe": "genprune.tokens.methods",
     "DiffusionTokens": "genprune.tokens.diffusion",
     "load_pipeline": "genprune.pipelines",
+    "prune_pipeline": "genprune.pipelines",
+    "route_pipeline": "genprune.pipelines",
+    "accelerate_pipeline": "genprune.pipelines",
+    "APTP": "genprune.routers",
+    "train_router": "genprune.routers",
+    "finetune_experts": "genprune.routers",
 }
 _SUBPACKAGES = ("bench", "metrics", "miniature", "pipelines", "recovery", "routers", "tokens")
 

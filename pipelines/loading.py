@@ -16,11 +16,14 @@ from genprune.slice_loading import load_cut
 # What a pipeline needs of a repository that names genprune's classes: its components, not the single-file
 # checkpoints that often lie at its top, and nothing that is unpickled.
 _PIPELINE_FILES = ("*.json", "*/*.safetensors", "*/*.txt", "*/*.model")
+ROUTED = "routed_config.json"  # in the folder of a routed pipeline, instead of model_index.json
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "revision", "token")
 
 
 def load_pipeline(base: str | os.PathLike, plan: PruningPlan | str | os.PathLike | None = None, **kwargs: Any):
     """A stock diffusers pipeline from a folder or the hub; with `plan` its denoiser is cut while it is read.
+
+    The folder of a routed pipeline gives a `RoutedPipeline`.
 
     Diffusers refuses a *hub* repository that names a foreign library, as a pruned pipeline does. Here such a
     repository is brought into the local cache and that folder is loaded; other repositories are fetched by diffusers.
@@ -33,7 +36,7 @@ def load_pipeline(base: str | os.PathLike, plan: PruningPlan | str | os.PathLike
         **kwargs: for `DiffusionPipeline.from_pretrained`: `torch_dtype`, `variant`, components, ...
 
     Returns:
-        The pipeline, of the stock class that the folder names.
+        The pipeline, of the stock class that the folder names; or the `RoutedPipeline`.
 
     Raises:
         PlanMismatch: the plan is for another model (found before any weight is read), or the folder is damaged.
@@ -42,6 +45,8 @@ def load_pipeline(base: str | os.PathLike, plan: PruningPlan | str | os.PathLike
     from diffusers import DiffusionPipeline
 
     folder = pipeline_folder(base, **kwargs)
+    if (folder / ROUTED).is_file():
+        return _routed(folder, plan, kwargs)
     if plan is None:
         return DiffusionPipeline.from_pretrained(folder, **kwargs)
     if kwargs.get("device_map") is not None:
@@ -60,6 +65,17 @@ def load_pipeline(base: str | os.PathLike, plan: PruningPlan | str | os.PathLike
     return DiffusionPipeline.from_pretrained(folder, **{slot: model}, **kwargs)
 
 
+def _routed(folder: Path, plan: Any, kwargs: dict[str, Any]) -> Any:
+    from genprune.pipelines.routed import RoutedPipeline
+
+    if plan is not None:
+        raise PlanMismatch(
+            f"'{folder}' is a routed pipeline, whose experts have plans of their own, and a plan is given; expected "
+            "none. Leave it out, or pass the dense pipeline."
+        )
+    return RoutedPipeline.from_pretrained(folder, **kwargs)
+
+
 def pipeline_folder(base: str | os.PathLike, **kwargs: Any) -> Path:
     """The local folder of a pipeline: the folder itself, or where the hub's files were brought to.
 
@@ -71,9 +87,17 @@ def pipeline_folder(base: str | os.PathLike, **kwargs: Any) -> Path:
         return Path(base)
     from diffusers import DiffusionPipeline
     from huggingface_hub import hf_hub_download, snapshot_download
+    from huggingface_hub.errors import EntryNotFoundError
 
     given = {key: kwargs[key] for key in _HUB_ARGUMENTS if kwargs.get(key) is not None}
-    index = _index(Path(hf_hub_download(str(base), "model_index.json", **given)))
+    try:
+        index = _index(Path(hf_hub_download(str(base), "model_index.json", **given)))
+    except EntryNotFoundError as error:
+        try:
+            hf_hub_download(str(base), ROUTED, **given)
+        except EntryNotFoundError:
+            raise error from None
+        return Path(snapshot_download(str(base), allow_patterns=list(_PIPELINE_FILES), **given))
     if any(isinstance(entry, list) and entry[0] == "genprune" for entry in index.values()):
         return Path(snapshot_download(str(base), allow_patterns=list(_PIPELINE_FILES), **given))
     return Path(DiffusionPipeline.download(str(base), **{**given, "variant": kwargs.get("variant")}))

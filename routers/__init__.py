@@ -9,6 +9,7 @@ import importlib
 
 # Public name -> module that defines it, one a line.
 _LAZY = {
+    "APTP": "genprune.routers.settings",
     "Expert": "genprune.routers.experts",
     "PooledTextEncoder": "genprune.routers.encoders",
     "PromptRouter": "genprune.routers.router",
@@ -18,7 +19,9 @@ _LAZY = {
     "TimestepRouter": "genprune.routers.timestep_router",
     "TransformersEncoder": "genprune.routers.encoders",
     "encoder_of": "genprune.routers.encoders",
+    "finetune_experts": "genprune.routers.finetuning",
     "load_router": "genprune.routers.router_format",
+    "train_router": "genprune.routers.training",
 }
 
 __all__ = list(_LAZY)

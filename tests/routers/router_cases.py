@@ -19,11 +19,11 @@ WORDS = ["a cat", "two dogs", "red fox", "old house", "blue bird", "green tree",
 
 
 def random_plan(pipe, keep: float, seed: int = 0) -> gp.PruningPlan:
-    return gp.make_plan(pipe, gp.Random(keep=keep, of="macs", seed=seed), progress=False)
+    return gp.make_plan(pipe, gp.Random(keep=keep, of="units", seed=seed), progress=False)
 
 
 def expert_plans(pipe, count: int) -> list[gp.PruningPlan]:
-    """Plans from .6 to .9 of the MACs."""
+    """Plans that keep .6 to .9 of the units."""
     return [random_plan(pipe, 0.6 + 0.3 * index / max(1, count - 1), seed=index) for index in range(count)]
 
 

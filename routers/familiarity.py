@@ -48,6 +48,11 @@ class Familiarity:
         quantile = float(similar.max(1).values.double().quantile(QUANTILE))
         return cls(kept, quantile - MARGIN * (1 - quantile))
 
+    @classmethod
+    def nothing(cls) -> Familiarity:
+        """Of no training prompts: words alone are judged."""
+        return cls(torch.zeros(0, 0, dtype=torch.float16), None)
+
     def reason(self, embedding: Tensor, unknown_share: float) -> str | None:
         """Why a prompt is unlike the training prompts, in words; None where it is like them.
 

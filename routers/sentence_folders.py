@@ -120,7 +120,9 @@ def _json(path: Path, default: Any = None) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise PlanMismatch(f"'{path}' is not whole JSON ({error}). Restore the file, or fetch the folder anew.") from None
+        raise PlanMismatch(
+            f"'{path}' is not whole JSON ({error}). Restore the file, or fetch the folder anew."
+        ) from None
 
 
 def _load(folder: Path) -> tuple[Any, nn.Module]:

@@ -208,7 +208,7 @@ def keep_budget(
 
 
 def _moves(similarity: Sequence[float], start: int, shares: Sequence[float]) -> list[tuple[float, int]]:
-    """(lambda, expert) of each change of argmax_k S_k - lambda * share_k as lambda grows from 0; ties: the cheapest."""
+    """(lambda, expert) of each change of argmax_k S_k - lambda * share_k as lambda grows; ties: the cheapest."""
     found, current = [], start
     while True:
         prices = [

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,15 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from genprune.errors import PlanMismatch, UnsupportedModel
-from genprune.routers.fingerprints import same_weights, vocabulary_fingerprint, weights_fingerprint
-from genprune.routers.prompts import checked_prompts
+from genprune.routers.fingerprints import same_weights
 from genprune.routers.sentence_folders import load_sentence_folder
+from genprune.routers.text_models import TextModel, token_limit
 
 logger = logging.getLogger(__name__)
 
 DEFAULT = "sentence-transformers/all-mpnet-base-v2"
-_LONGEST = 512  # tokens, where neither tokenizer nor model has a limit
-_REMEMBERED = 1000  # long prompts that were told
 
 
 @runtime_checkable
@@ -46,100 +43,7 @@ class SentenceEncoder(Protocol):
         """What tells this encoder from another, as JSON data."""
 
 
-class _TextModel:
-    """A tokenizer and a text model, and what of the model's output is the vector."""
-
-    def __init__(self, tokenizer, model: nn.Module, pooling: str, dim: int, max_length: int, name: str) -> None:
-        self.tokenizer, self.model, self.pooling = tokenizer, model, pooling
-        self.dim, self.max_length, self.name = dim, max_length, name
-        self._told: set[str] = set()
-        self._identity: dict[str, Any] | None = None
-
-    def encode(self, prompts: Sequence[str], batch_size: int = 1) -> Tensor:
-        """Vectors of prompts.
-
-        Args:
-            prompts: texts, none of them blank. What is longer than `max_length` tokens is cut there, and told once.
-            batch_size: prompts of one pass, >= 1. 1 pads nothing, so that a row is the same to the bit whatever stands
-                beside it; more is quicker and differs in the last digits.
-
-        Returns:
-            Float32 of shape `(prompts, dim)` on the CPU, not normalised.
-
-        Raises:
-            BadPrompt: no prompts, no text, or a blank one.
-        """
-        prompts = checked_prompts(prompts)
-        model = self._ready_model()
-        rows = [self._tokens(prompt) for prompt in prompts]
-        encoded = [
-            self._pooled(model, rows[start : start + batch_size]) for start in range(0, len(rows), max(1, batch_size))
-        ]
-        return torch.cat(encoded)
-
-    def unknown_share(self, prompt: str) -> float:
-        """Share of the prompt's tokens without an entry in the vocabulary; 1 where the tokenizer finds no token."""
-        tokens = self.tokenizer(prompt, add_special_tokens=False, truncation=True, max_length=self.max_length)
-        ids, unknown = tokens["input_ids"], self.tokenizer.unk_token_id
-        return sum(each == unknown for each in ids) / len(ids) if ids else 1.0
-
-    def to_json(self) -> dict[str, Any]:
-        """What tells this encoder from another: kind, pooling, sizes, fingerprints of weights and vocabulary."""
-        if self._identity is None:
-            self._identity = {
-                "kind": self.kind,
-                "source": self.source,
-                "model": type(self.model).__name__,
-                "pooling": self.pooling,
-                "dim": self.dim,
-                "max_length": self.max_length,
-                "vocabulary_sha256": vocabulary_fingerprint(self.tokenizer),
-                "weights": weights_fingerprint(self._ready_model()),
-            }
-        return dict(self._identity)
-
-    def _ready_model(self) -> nn.Module:
-        return self.model
-
-    def _tokens(self, prompt: str) -> list[int]:
-        ids = self.tokenizer(prompt, truncation=True, max_length=self.max_length)["input_ids"]
-        if len(ids) == self.max_length:
-            self._tell_left_out(prompt)
-        return ids
-
-    def _tell_left_out(self, prompt: str) -> None:
-        seen = hashlib.sha256(prompt.encode("utf-8", "replace")).hexdigest()
-        if seen in self._told:
-            return
-        self._told = {seen} if len(self._told) >= _REMEMBERED else self._told | {seen}
-        special = self.tokenizer.num_special_tokens_to_add()
-        if (left_out := len(self.tokenizer.tokenize(prompt)) + special - self.max_length) > 0:
-            logger.warning(
-                "a prompt of %d characters is routed by its first %d tokens; the last %d are left out. Prompt: %.60r",
-                len(prompt),
-                self.max_length - special,
-                left_out,
-                prompt,
-            )
-
-    @torch.no_grad()
-    def _pooled(self, model: nn.Module, rows: list[list[int]]) -> Tensor:
-        longest = max(map(len, rows))
-        filler = self.tokenizer.pad_token_id or 0
-        ids = torch.tensor([row + [filler] * (longest - len(row)) for row in rows], device="cpu")
-        mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows], device="cpu")
-        with torch.autocast("cpu", enabled=False):
-            if self.pooling in ("pooler_output", "text_embeds"):
-                # as pipelines call it: what stands after the end of the text is never attended to
-                return model(input_ids=ids)[self.pooling].float()
-            states = model(input_ids=ids, attention_mask=mask).last_hidden_state  # (rows, tokens, dim)
-        if self.pooling == "cls":
-            return states[:, 0].float()
-        weights = mask[..., None].to(states.dtype)
-        return ((states * weights).sum(1) / weights.sum(1)).float()
-
-
-class TransformersEncoder(_TextModel):
+class TransformersEncoder(TextModel):
     """A sentence encoder from a folder or the hub, as its own files say, without the library that wrote them.
 
     Args:
@@ -159,12 +63,12 @@ class TransformersEncoder(_TextModel):
     def __init__(self, folder_or_hub: str | Path = DEFAULT, max_length: int | None = None) -> None:
         found = load_sentence_folder(folder_or_hub)
         self.source = str(folder_or_hub)
-        limit = max_length or found.max_length or _limit(found.tokenizer, found.model)
+        limit = max_length or found.max_length or token_limit(found.tokenizer, found.model)
         name = Path(self.source).name if Path(self.source).is_dir() else self.source
         super().__init__(found.tokenizer, found.model, found.pooling, found.model.config.hidden_size, limit, name)
 
 
-class PooledTextEncoder(_TextModel):
+class PooledTextEncoder(TextModel):
     """The pipeline's own first text encoder: nothing to fetch, and a prompt-only call works everywhere.
 
     A CLIP encoder gives its pooled output, another one the mean over its tokens. The encoder itself is used while it
@@ -187,7 +91,12 @@ class PooledTextEncoder(_TextModel):
         self._layout = _layout(model)
         pooling, dim = _pooling_of(model)
         super().__init__(
-            tokenizer, _as_float32(model), pooling, dim, _limit(tokenizer, model), f"pooled {type(model).__name__}"
+            tokenizer,
+            _as_float32(model),
+            pooling,
+            dim,
+            token_limit(tokenizer, model),
+            f"pooled {type(model).__name__}",
         )
 
     def _ready_model(self) -> nn.Module:
@@ -320,12 +229,6 @@ def _pooling_of(model: nn.Module) -> tuple[str, int]:
     if type(model).__name__.endswith("WithProjection"):
         return "text_embeds", model.config.projection_dim
     return "pooler_output", model.config.hidden_size
-
-
-def _limit(tokenizer, model: nn.Module) -> int:
-    """Tokens of a prompt that can be read."""
-    positions = getattr(model.config, "max_position_embeddings", None) or _LONGEST
-    return int(min(tokenizer.model_max_length or _LONGEST, positions))
 
 
 def _layout(model: nn.Module) -> tuple[torch.device, torch.dtype, int, bool]:

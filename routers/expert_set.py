@@ -27,8 +27,8 @@ class ExpertSet:
     Args:
         experts: at least one; all of their plans are for `base`.
         base: the model, as the plans name it.
-        training: settings and notes of the training, JSON data. `target` (or `keep`) is the trained average budget,
-            `of` what it is of.
+        training: notes of the training, JSON data. Its `settings` (or itself) say in `keep` (or `target`) the trained
+            average budget, and in `of` what it is of.
         weights_fingerprint: of the base model's weights; None: unknown, then they are not compared.
         made_by: what made the router, JSON data.
 
@@ -77,9 +77,11 @@ class ExpertSet:
 
     @property
     def target(self) -> float:
-        """Mean share of MACs that the router was trained for; `trained_share` where the budget was of something else."""
-        asked = self.training.get("target", self.training.get("keep"))
-        return float(asked) if asked is not None and self.training.get("of", "macs") == "macs" else self.trained_share
+        """Mean share of MACs that the router was trained for; `trained_share` where the budget was not of MACs."""
+        settings = {**self.training, **self.training.get("settings", {})}
+        asked = settings.get("target", settings.get("keep"))
+        of_macs = asked is not None and settings.get("of", "macs") == "macs"
+        return float(asked) if of_macs else self.trained_share
 
     @property
     def largest(self) -> int:
@@ -102,8 +104,8 @@ class ExpertSet:
         for index, (new, old) in enumerate(zip(experts, self.experts)):
             if _units(new.plan) != _units(old.plan):
                 raise PlanMismatch(
-                    f"expert {index} keeps other units than the one that it replaces; expected the same plan, which is "
-                    "what prompts are routed by. Use dataclasses.replace(router.experts[index], weights=...)."
+                    f"expert {index} keeps other units than the one that it replaces; expected the same plan, "
+                    "which is what prompts are routed by. Use dataclasses.replace(router.experts[index], weights=...)."
                 )
         twin = copy.copy(self)
         twin.experts = experts
@@ -122,14 +124,14 @@ class ExpertSet:
         found = plan_base(model)
         if found.host != self.base.host:
             raise PlanMismatch(
-                f"the model is a {found.host}, the router's experts are of a {self.base.host}; expected that. Load the "
-                "pipeline that the router was trained on."
+                f"the model is a {found.host}, the router's experts are of a {self.base.host}; expected that. Load "
+                "the pipeline that the router was trained on."
             )
         if found.sites_sha256 != self.base.sites_sha256:
             raise PlanMismatch(
                 f"the {found.host} has other sites or layers ({found.sites_sha256[:12]}) than the one that the router "
-                f"was trained on ({self.base.sites_sha256[:12]}); expected that one, dense. Load the pipeline that the "
-                "router was trained on; one that was cut before does not serve."
+                f"was trained on ({self.base.sites_sha256[:12]}); expected that one, dense. Load the pipeline that "
+                "the router was trained on; one that was cut before does not serve."
             )
         if not weights or self.weights_fingerprint is None:
             return
@@ -156,9 +158,9 @@ class ExpertSet:
         for group in alike.values():
             if len(group) > 1:
                 said.append(
-                    f"experts {', '.join(map(str, group))} are the same plan: the codes have collapsed, and the router "
-                    f"has {len(alike)} different experts instead of {len(self.experts)}. Train with fewer experts, "
-                    "longer, or with a larger spread_weight."
+                    f"experts {', '.join(map(str, group))} are the same plan: the codes have collapsed, and the "
+                    f"router has {len(alike)} different experts instead of {len(self.experts)}. Train with "
+                    "fewer experts, longer, or with a larger spread_weight."
                 )
         least = 1 / (_RARELY * len(self.experts))
         rare = [index for index, usage in enumerate(self.usage) if usage < least]

@@ -54,8 +54,8 @@ class Expert:
         figures = self.plan.figures
         if not {"macs", "dense_macs"} <= figures.keys() or not figures["dense_macs"] > 0:
             raise PlanMismatch(
-                f"the plan of an expert has the figures {sorted(figures)}; expected 'macs' and 'dense_macs', which say "
-                "what it costs. Make the plan with gp.make_plan or by training a router, which count both."
+                f"the plan of an expert has the figures {sorted(figures)}; expected 'macs' and 'dense_macs', which "
+                "say what it costs. Make the plan with gp.make_plan or by training a router, which count both."
             )
         return figures["macs"] / figures["dense_macs"]
 

@@ -88,8 +88,8 @@ class Familiarity:
             return cls(embeddings, None if floor is None else float(floor))
         except (KeyError, TypeError, ValueError) as error:
             raise PlanMismatch(
-                f"what a router knows of its training prompts lacks a part ({error}); expected a floor and embeddings. "
-                "Restore the router's files, or train it again."
+                f"what a router knows of its training prompts lacks a part ({error}); expected a floor and "
+                "embeddings. Restore the router's files, or train it again."
             ) from None
 
 

@@ -21,7 +21,8 @@ def checked_prompts(prompts: str | Sequence[str]) -> list[str]:
         prompts = [prompts]
     if not isinstance(prompts, Sequence) or isinstance(prompts, bytes):
         raise BadPrompt(
-            f"the prompts are a {type(prompts).__name__}; expected text, or a list of texts. Pass router.route(['...'])."
+            f"the prompts are a {type(prompts).__name__}; expected text, or a list of texts. Pass "
+            "router.route(['...'])."
         )
     if not prompts:
         raise BadPrompt("there is no prompt to route; expected at least one. Pass router.route(['...']).")

@@ -116,7 +116,8 @@ class PromptRouter(ExpertSet):
         """
         if unfamiliar not in POLICIES:
             raise GenpruneError(
-                f"unfamiliar={unfamiliar!r}{nearest(str(unfamiliar), POLICIES)}; expected one of {', '.join(POLICIES)}."
+                f"unfamiliar={unfamiliar!r}{nearest(str(unfamiliar), POLICIES)}; expected one of "
+                f"{', '.join(POLICIES)}."
             )
         prompts = checked_prompts(prompts)
         known = {prompt: self._compare(prompt) for prompt in dict.fromkeys(prompts)}

@@ -178,7 +178,7 @@ def _load_prompt_router(
     folder: Path, config: Mapping[str, Any], experts: list[Expert], common: Mapping[str, Any], encoder: Any, pipe: Any
 ) -> PromptRouter:
     from genprune.routers.architecture import ArchitectureSpace
-    from genprune.routers.encoders import check_encoder, encoder_of, recorded_encoder
+    from genprune.routers.encoders import TransformersEncoder, check_encoder, encoder_of, recorded_encoder
     from genprune.routers.familiarity import Familiarity
     from genprune.routers.predictor import ArchitecturePredictor
     from genprune.routers.router import PromptRouter
@@ -194,6 +194,8 @@ def _load_prompt_router(
     if encoder is None:
         encoder = recorded_encoder(config["encoder"], pipe)
     else:
+        if isinstance(encoder, (str, Path)):
+            encoder = TransformersEncoder(encoder, config["encoder"].get("max_length"))
         encoder = encoder_of(encoder)
         check_encoder(config["encoder"], encoder)
     return PromptRouter(
@@ -249,8 +251,8 @@ def _read_config(folder: Path) -> dict[str, Any]:
     version = config.get("format_version") if isinstance(config, dict) else None
     if type(version) is not int or version < 1:
         raise PlanMismatch(
-            f"'{path}' has no format_version; expected the JSON object that save_pretrained writes. Fetch the router's "
-            "folder anew."
+            f"'{path}' has no format_version; expected the JSON object that save_pretrained writes. Fetch the "
+            "router's folder anew."
         )
     if version > FORMAT_VERSION:
         raise PlanMismatch(

@@ -46,8 +46,8 @@ def load_sentence_folder(folder_or_hub: str | os.PathLike) -> SentenceFolder:
     text, pooling = _modules(folder)
     if not (text / "config.json").is_file() or not any(text.glob("*.safetensors")):
         raise PlanMismatch(
-            f"'{text}' lacks a config.json or weights in safetensors; expected both, because other weight files can run "
-            "code when they are read. Save the model with safe serialization, or pass another folder."
+            f"'{text}' lacks a config.json or weights in safetensors; expected both, because other weight files can "
+            "run code when they are read. Save the model with safe serialization, or pass another folder."
         )
     settings = _json(text / "sentence_bert_config.json")
     tokenizer, model = _load(text)
@@ -70,8 +70,9 @@ def _local(folder_or_hub: str | os.PathLike) -> Path:
         return Path(snapshot_download(str(folder_or_hub), allow_patterns=list(_HUB_FILES)))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         raise PlanMismatch(
-            f"'{folder_or_hub}' is no folder, and no reachable repository of the hub ({type(error).__name__}); expected "
-            "a sentence encoder. Pass its local folder, or leave encoder out to use the pipeline's text encoder."
+            f"'{folder_or_hub}' is no folder, and no reachable repository of the hub ({type(error).__name__}); "
+            "expected a sentence encoder. Pass its local folder, or leave encoder out to use the "
+            "pipeline's text encoder."
         ) from None
 
 
@@ -108,8 +109,8 @@ def _pooling(path: Path) -> str:
         ]
     if len(chosen) != 1 or chosen[0] not in POOLINGS:
         raise UnsupportedModel(
-            f"'{path}' asks for the pooling {' + '.join(chosen) or 'none'}; expected one of {', '.join(POOLINGS)}. Pass "
-            "another sentence encoder, or an object of your own (genprune.routers.SentenceEncoder)."
+            f"'{path}' asks for the pooling {' + '.join(chosen) or 'none'}; expected one of {', '.join(POOLINGS)}. "
+            "Pass another sentence encoder, or an object of your own (genprune.routers.SentenceEncoder)."
         )
     return chosen[0]
 
@@ -143,7 +144,7 @@ def _load(folder: Path) -> tuple[Any, nn.Module]:
     lacking = sorted(name for name in info["missing_keys"] if not name.startswith("pooler."))
     if lacking or info["mismatched_keys"]:
         raise PlanMismatch(
-            f"'{folder}' lacks {len(lacking)} weights of its {type(model).__name__} ('{(lacking or ['?'])[0]}'), which "
-            "would stand at random values; expected all of them. Fetch the folder anew."
+            f"'{folder}' lacks {len(lacking)} weights of its {type(model).__name__} ('{(lacking or ['?'])[0]}'), "
+            "which would stand at random values; expected all of them. Fetch the folder anew."
         )
     return tokenizer, model.eval().requires_grad_(False)

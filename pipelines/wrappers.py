@@ -58,8 +58,8 @@ def prune_pipeline(
     _check_how(how)
     if given and loading:
         raise GenpruneError(
-            f"{', '.join(sorted(loading))} belong to loading, and a {type(base).__name__} is given; expected them with "
-            "a folder or a hub id. Leave them out."
+            f"{', '.join(sorted(loading))} belong to loading, and a {type(base).__name__} is given; expected them "
+            "with a folder or a hub id. Leave them out."
         )
     if not given and recover is None and not isinstance(how, Method):
         return load_pipeline(base, how, **loading)
@@ -89,7 +89,8 @@ def prune_pipeline(
 def _check_how(how: Any) -> None:
     if not isinstance(how, (Method, PruningPlan, str, os.PathLike)):
         raise GenpruneError(
-            f"got {how!r}; expected a method such as gp.Taylor(keep=0.7), a plan, or the path of one. Pass one of them."
+            f"got {how!r}; expected a method such as gp.Taylor(keep=0.7), a plan, or the path of one. Pass one of "
+            "them."
         )
 
 

@@ -14,6 +14,7 @@ from genprune.routers.fingerprints import vocabulary_fingerprint, weights_finger
 from genprune.routers.prompts import checked_prompts
 
 logger = logging.getLogger(__name__)
+_UNLIMITED = 1 << 30
 _LONGEST = 512  # tokens, where neither tokenizer nor model has a limit
 _REMEMBERED = 1000  # long prompts that were told
 
@@ -96,7 +97,9 @@ class TextModel:
             return
         self._told = {seen} if len(self._told) >= _REMEMBERED else self._told | {seen}
         special = self.tokenizer.num_special_tokens_to_add()
-        if (left_out := len(self.tokenizer.tokenize(prompt)) + special - self.max_length) > 0:
+        # with a limit, because without one the tokenizer warns of an error that does not come
+        whole = self.tokenizer(prompt, truncation=True, max_length=_UNLIMITED)["input_ids"]
+        if (left_out := len(whole) - self.max_length) > 0:
             logger.warning(
                 "a prompt of %d characters is routed by its first %d tokens; the last %d are left out. Prompt: %.60r",
                 len(prompt),

@@ -61,7 +61,7 @@ class APTP:
         batch_size: rows a process and step. Balance and contrast are over the rows of all processes.
         learning_rate: of AdamW, for predictor and codes. Published: 2e-4 sqrt(rows of a step).
         lr_warmup_steps: of linear warm-up, then constant.
-        weight_decay, max_grad_norm: of AdamW, and of the clipped gradient.
+        weight_decay, max_grad_norm: of AdamW, and of the gradients, clipped for codes and predictor apart.
         denoising_weight, resource_weight, contrastive_weight, output_weight, block_weight, spread_weight,
             largest_weight, commitment_weight: >= 0. Published: 1, 2, 100, .2, .2, .1, .1, 0; the release's block term
             is a plain squared error, in which blocks of large values dwarf the rest.

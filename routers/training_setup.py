@@ -89,7 +89,7 @@ def first_codes(start: Tensor, settings: APTP) -> Tensor:
     """Codes before the first step: around the start, told apart by small noise where no warm-up does that."""
     generator = torch.Generator().manual_seed(settings.seed)
     noise = torch.randn((settings.experts, len(start)), generator=generator)
-    return start + (0.1 * noise if settings.experts > 1 else 0)
+    return start + 0.1 * noise * (settings.experts > 1)
 
 
 def noise_boundaries(pipe: Any, prompts: list, settings: APTP, options: dict[str, Any]) -> tuple[float, ...]:

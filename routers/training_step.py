@@ -76,6 +76,8 @@ class RouterTraining:
             weight_decay=settings.weight_decay,
         )
         self.wrapped, self.optimizer = accelerator.prepare(model, optimizer)
+        predictor = [] if model.predictor is None else list(model.predictor.parameters())
+        self._parts = [part for part in ([model.codes], predictor) if part]
         self.gates = RowGates(denoiser, costs.sites)
         self.taps = FeatureTaps(denoiser, taps)
         self.step_done = 0
@@ -103,9 +105,10 @@ class RouterTraining:
             )
         self.optimizer.zero_grad(set_to_none=True)
         self.accelerator.backward(loss)
-        record["gradient_norm"] = float(
-            self.accelerator.clip_grad_norm_(list(self.model.parameters()), settings.max_grad_norm)
-        )
+        # apart: the contrastive term moves the predictor far more than any term moves the codes
+        record["gradient_norms"] = [
+            float(self.accelerator.clip_grad_norm_(part, settings.max_grad_norm)) for part in self._parts
+        ]
         with interrupt_deferred():  # a Ctrl-C leaves a whole step behind, or none of it
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)

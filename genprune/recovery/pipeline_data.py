@@ -103,9 +103,8 @@ class PipelineData:
 
     def noise_levels(self, indices: Iterable[int]) -> list[float]:
         """Of the same rows: their timestep as a share of the training timesteps, in [0, 1]; 1 is noise."""
-        process, sampling, seed = self.process, self.settings.timestep_sampling, self.settings.seed
-        drawn = (drawn_timestep(process, sampling, generator_of(seed, index)) for index in indices)
-        return [timestep / process.train_timesteps for timestep in drawn]
+        drawn = (self._timestep(generator_of(self.settings.seed, index)) for index in indices)
+        return [timestep / self.process.train_timesteps for timestep in drawn]
 
     def _timestep(self, generator: torch.Generator) -> float:
         """Drawn again until it is in the range: the first draw where that is everything."""

@@ -1,0 +1,174 @@
+"""Quality of routed pipelines on the miniatures: rows of every candidate before and after fine-tuning."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from scripts.ecodiff.bases import DRAW_ROWS, Base, bases, latents_of, pictures_of
+from scripts.ecodiff.figures import TEST_SEED, Dense, Judge
+
+from .candidates import BUDGETS, CANDIDATES, Candidate
+from .routers import Routers
+
+STAGES = ("train", "finetune", "draw")
+
+
+def quality(arguments: argparse.Namespace) -> dict[str, Any]:
+    """All bases and budgets; stages that are done are read from disk."""
+    judge = Judge(arguments.num_prompts)
+    chosen = [base for name, base in bases().items() if name in (arguments.base or ("unet", "mmdit"))]
+    return {base.name: judge_base(base, judge, arguments) for base in chosen}
+
+
+def judge_base(base: Base, judge: Judge, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Rows of one base by budget and label."""
+    pipe = base.load()
+    pipe.set_progress_bar_config(disable=True)
+    routers = Routers(
+        base,
+        pipe,
+        arguments.work,
+        arguments.ecodiff_work,
+        arguments.layers_work,
+        arguments.encoder,
+        arguments.samples,
+        arguments.train_steps,
+        arguments.finetune_share,
+    )
+    dense = _dense(base, pipe, judge, arguments.work / base.name)
+    rows: dict[str, Any] = {"dense": judge.figures(dense.pictures, dense.latents, None)}
+    budgets = arguments.budgets or BUDGETS
+    wanted = [(keep, each) for keep in budgets for each in CANDIDATES if _is_wanted(each, keep, arguments)]
+    for stage in arguments.stages:
+        for keep, candidate in wanted:
+            began = time.perf_counter()
+            router = routers.trained(candidate, keep)
+            if stage in ("finetune", "draw") and arguments.finetune_share:
+                tuned = routers.finetuned(candidate, keep, router)
+            if stage == "draw":
+                points = {"0": router} | ({f"{arguments.finetune_share:g}": tuned} if arguments.finetune_share else {})
+                row = rows.setdefault(f"{keep:g}", {})
+                row[candidate.label] = _row(base, pipe, judge, dense, routers, candidate, keep, points, arguments.work)
+            seconds = time.perf_counter() - began
+            print(f"{base.name} {keep:g} {candidate.label}: {stage}, {seconds:.0f} s", file=sys.stderr, flush=True)
+    return rows
+
+
+def _is_wanted(candidate: Candidate, keep: float, arguments: argparse.Namespace) -> bool:
+    if arguments.only and candidate.slug not in arguments.only:
+        return False
+    return candidate.start == "ecodiff" or keep == BUDGETS[0]  # as published: at the larger budget alone
+
+
+def _row(
+    base: Base,
+    pipe: Any,
+    judge: Judge,
+    dense: Dense,
+    routers: Routers,
+    candidate: Candidate,
+    keep: float,
+    points: dict[str, Any],
+    work: Path,
+) -> dict[str, Any]:
+    """Costs and routes of a candidate, and its figures at each point of fine-tuning."""
+    plain = points["0"]
+    routes = routers.routes(candidate, plain, judge.prompts)
+    shares = [expert.share for expert in plain.experts]
+    usage = [expert.usage for expert in plain.experts]
+    mean = sum(shares[k] for k in routes) / len(routes) if routes else sum(u * s for u, s in zip(usage, shares))
+    row = {
+        **candidate.to_json(),
+        "keep": keep,
+        "shares": [round(share, 5) for share in shares],
+        "params": [e.plan.figures["params"] / e.plan.figures["dense_params"] for e in plain.experts],
+        "usage": usage,
+        "test_share": mean,
+        "test_rows": None if routes is None else [routes.count(k) for k in range(len(shares))],
+        "overlap": _overlap([expert.plan for expert in plain.experts]),
+        "curve": routers.curve(candidate, keep),
+        "points": {},
+    }
+    for share, router in points.items():
+        file = work / base.name / f"drawn-{judge.count}" / f"{candidate.slug}@{keep:g}-{share}.safetensors"
+        latents, pictures = drawn(file, base, pipe, router, routes, judge.prompts)
+        row["points"][share] = judge.figures(pictures, latents, dense)
+        if routes is not None and len(shares) > 1:
+            row["points"][share]["by_expert"] = _by_expert(judge, pictures, routes, len(shares))
+    return row
+
+
+def drawn(
+    file: Path, base: Base, pipe: Any, router: Any, routes: list[int] | None, prompts: list[str]
+) -> tuple[Tensor, Tensor]:
+    """Latents and pictures of the test captions through the routed pipeline, from disk where they are."""
+    if not file.is_file():
+        from genprune.pipelines import RoutedPipeline
+
+        routed = RoutedPipeline(pipe, router, store="materialised")
+        routed.set_progress_bar_config(disable=True)
+        parts = []
+        for start in range(0, len(prompts), DRAW_ROWS * 4):  # groups of a call are then of some size
+            chosen = slice(start, start + DRAW_ROWS * 4)
+            seeds = range(TEST_SEED + start, TEST_SEED + start + len(prompts[chosen]))
+            parts.append(
+                routed(
+                    prompts[chosen],
+                    expert=None if routes is None else routes[chosen],
+                    generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
+                    num_inference_steps=base.steps,
+                    output_type="latent",
+                    **_for_rows(base.options, len(prompts[chosen])),
+                ).images
+            )
+        latents = torch.cat(parts)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        save_file({"latents": latents.contiguous(), "pictures": pictures_of(pipe, latents)}, file)
+    found = load_file(file)
+    return found["latents"], found["pictures"]
+
+
+def _for_rows(options: dict, rows: int) -> dict:
+    return {name: [value] * rows if name == "negative_prompt" else value for name, value in options.items()}
+
+
+def _dense(base: Base, pipe: Any, judge: Judge, folder: Path) -> Dense:
+    file = folder / f"drawn-{judge.count}" / "dense.safetensors"
+    if not file.is_file():
+        latents = latents_of(pipe, base, judge.prompts, TEST_SEED)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        save_file({"latents": latents.contiguous(), "pictures": pictures_of(pipe, latents)}, file)
+    found = load_file(file)
+    right = judge.grade(found["pictures"], judge.scenes)["grade(all)"].double()
+    return Dense(found["latents"], found["pictures"], right)
+
+
+def _overlap(plans: list) -> float | None:
+    """Mean overlap of what two experts remove: 1 where all experts are the same."""
+    pairs = [(one, other) for index, one in enumerate(plans) for other in plans[index + 1 :]]
+    return sum(one.overlap(other) for one, other in pairs) / len(pairs) if pairs else None
+
+
+def _by_expert(judge: Judge, pictures: Tensor, routes: list[int], experts: int) -> list[dict | None]:
+    """Test captions and the share that is right, for each expert."""
+    right = judge.grade(pictures, judge.scenes)["grade(all)"].double()
+    place = torch.tensor(routes)
+    return [
+        {"prompts": int((place == k).sum()), "all_right": float(right[place == k].mean())} if k in routes else None
+        for k in range(experts)
+    ]
+
+
+def write_rows(file: Path, rows: dict[str, Any]) -> None:
+    """Keep what was found."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(rows, indent=1) + "\n")

@@ -57,6 +57,7 @@ def finetune_experts(
     prompts: Sequence[str],
     output_dir: str | os.PathLike,
     data: Any = None,
+    latents_dir: str | os.PathLike | None = None,
     assignment: Sequence[int] | None = None,
     split: str = "usage",
     resume: bool = False,
@@ -77,10 +78,11 @@ def finetune_experts(
         method: how. `steps` are those of all experts together. With `lora_rank` an expert gets a LoRA, otherwise all
             its weights are trained.
         prompts: of the training data.
-        output_dir: gets `expert-00`, ... with checkpoints, curve, and the LoRA or the weights that changed; and
-            `teacher_data`, the latents.
+        output_dir: gets `expert-00`, ... with checkpoints, curve, and the LoRA or the weights that changed.
         data: clean latents `(n, C, h, w)`, images `(n, 3, H, W)` in [0, 1] or PIL images, one a prompt. None: the
             dense pipeline draws a latent for each prompt, once.
+        latents_dir: keeps them, and gives those back that an earlier run left there, such as `teacher_data` of
+            `train_router`. None: `output_dir/teacher_data`.
         assignment: the expert of each prompt, instead of where the router sends it: for controls.
         split: of the steps over the experts that have data: `usage` (as their prompts, or as the width of their noise
             range) or `equal`. Each gets at least one.
@@ -103,7 +105,8 @@ def finetune_experts(
     out = Path(output_dir)
     _check_output(out, resume)
     state = accelerator or PartialState(cpu=not torch.cuda.is_available())
-    everything = _all_data(pipe, method, prompts, data, pipeline_options, out, state, progress)
+    cache = cache_folder(out) if latents_dir is None else Path(latents_dir)
+    everything = _all_data(pipe, method, prompts, data, pipeline_options, cache, state, progress)
     shares = _shares(router, prompts, len(everything.clean), assignment)
     steps = split_steps(method.steps, [share.usage for share in shares], split)
     tuned = []
@@ -235,14 +238,14 @@ def _all_data(
     prompts: Sequence[str],
     data: Any,
     options: Mapping[str, Any] | None,
-    out: Path,
+    cache: Path,
     state: Any,
     progress: bool,
 ) -> PipelineData:
     """Latents and conditions of all prompts, drawn or encoded once: by the first process, the others read them."""
     main = state.is_main_process
     with state.main_process_first(), on_device((pipe,), state.device):
-        given = (prompts, data, dict(options or {}), cache_folder(out), progress and main, main)
+        given = (prompts, data, dict(options or {}), cache, progress and main, main)
         return pipeline_data(pipe, pipe, method, *given)
 
 

@@ -1,0 +1,1 @@
+"""Parts of scripts/train_router.py: flags to settings, what codes begin around, fine-tuning, and what is written."""

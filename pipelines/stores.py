@@ -74,6 +74,11 @@ class ExpertStore:
         """The model that the store was made of, as it was to the bit."""
         raise NotImplementedError
 
+    @property
+    def current(self) -> nn.Module:
+        """The active expert, or the dense model where none is active."""
+        return self.model if self.active is None else self.activate(self.active)
+
     def copy(self, expert: int) -> nn.Module:
         """The expert with weights of its own, its LoRA merged; the store is not part of it."""
         self._check(expert)

@@ -1,4 +1,4 @@
-"""The command line: `genprune demo | inspect | prune | recover | tokens | bench | methods`. Thin over the library."""
+"""The command line: `genprune demo | inspect | prune | recover | tokens | route | bench | methods`. Thin."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import typer
 from typer.core import TyperGroup
 
 from genprune.cli_options import Compensate, Force, Json, Keep, Model, Of, Precision, Quantity, Seed
+from genprune.cli_route import route
 from genprune.cli_tokens import tokens
 from genprune.errors import GenpruneError
 
@@ -258,6 +259,7 @@ def recover(
 
 
 app.command()(tokens)
+app.command()(route)
 
 
 @app.command()

@@ -45,11 +45,13 @@ FLOORS = (
         "prune_run",
         "recover_run",
         "tokens_run",
+        "route_run",
         "demo",
         "demo_page",
         "console",
         "cli_options",
         "cli_tokens",
+        "cli_route",
         "cli",
     ),
 )

@@ -63,6 +63,11 @@ def drawn(pipe, family, prompts=("a cat", "two dogs")) -> torch.Tensor:
     return called.images
 
 
+def close(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Equal but for the rounding of other batch sizes and strides."""
+    return float((one - other).abs().max()) <= 1e-4 * float(other.abs().max())
+
+
 @FAMILIES
 def test_a_pruned_pipeline_is_of_the_stock_class_and_the_dense_one_stays(family, tmp_path):
     pipe = pipeline(family, tmp_path)
@@ -145,11 +150,11 @@ def test_a_routed_pipeline_in_one_line(family, tmp_path):
     by_folder.set_progress_bar_config(disable=True)
     assert torch.equal(drawn(by_folder, family, WORDS[:4]), pictures)
     materialised = gp.route_pipeline(pipeline(family, tmp_path), tmp_path / "router", store="materialised")
-    assert torch.allclose(drawn(materialised, family, WORDS[:4]), pictures, atol=1e-4)
+    assert close(drawn(materialised, family, WORDS[:4]), pictures)
     alone = gp.prune_pipeline(pipeline(family, tmp_path), router.plans[experts[0]])
     generator = [torch.Generator().manual_seed(0)]
     one = alone(WORDS[0], num_inference_steps=2, generator=generator, output_type="latent", **OPTIONS[family]).images
-    assert torch.allclose(one[0], pictures[0], atol=1e-4)
+    assert close(one[0], pictures[0])
     with pytest.raises(gp.PlanMismatch, match="is a routed pipeline, whose experts have plans"):
         gp.load_pipeline(tmp_path / "routed", router.plans[0])
     with pytest.raises(gp.UnsupportedModel, match="expert_pipeline"):

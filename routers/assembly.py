@@ -39,5 +39,6 @@ def assembled(pipe: Any, learned: LearnedCodes, encoder: Any) -> PromptRouter | 
         experts,
         familiarity=Familiarity.of(learned.embeddings),
         shift=learned.shift,
+        bias=learned.bias,
         **shared,
     )

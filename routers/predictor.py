@@ -17,12 +17,13 @@ class ArchitecturePredictor(nn.Module):
     Args:
         dim: width of the embeddings.
         lengths: of the code's vectors; they sum to D.
+        scale: standard deviation of the first logits, for embeddings like the training prompts'.
 
     Reference:
         APTP (arXiv 2406.12042), architecture predictor: independent linear layers without a hidden one.
     """
 
-    def __init__(self, dim: int, lengths: Sequence[int], seed: int = 0) -> None:
+    def __init__(self, dim: int, lengths: Sequence[int], seed: int = 0, scale: float = 1.0) -> None:
         super().__init__()
         self.linear = nn.Linear(dim, sum(lengths))
         self.register_buffer("centre", torch.zeros(dim))
@@ -31,7 +32,7 @@ class ArchitecturePredictor(nn.Module):
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for part in self.linear.weight.split(list(lengths)):
-                nn.init.orthogonal_(part, generator=generator)
+                nn.init.orthogonal_(part, gain=scale, generator=generator)
 
     @torch.no_grad()
     def standardise(self, embeddings: Tensor) -> None:

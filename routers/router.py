@@ -28,10 +28,10 @@ POLICIES = ("largest", "nearest", "error")
 class PromptRouter(ExpertSet):
     """Sends each prompt to one of K experts of a denoiser.
 
-    A route is S_ik = cos(phi(e_i), phi(a_k)), with e the architecture that the predictor reads off the prompt's
-    embedding and a_k the codes, and its argmax over k; of equal ones the first. Nothing is drawn at random, and each
-    prompt is encoded and compared alone in float32 (cosines in float64) on the CPU, so that its expert depends neither
-    on its batch nor on where the pipeline runs.
+    A route is the argmax over k of S_ik + b_k, with S_ik = cos(phi(e_i), phi(a_k)), e the architecture that the
+    predictor reads off the prompt's embedding, a_k the codes and b_k constants; of equal ones the first. Nothing is
+    drawn at random, and each prompt is encoded and compared alone in float32 (cosines in float64) on the CPU, so that
+    its expert depends neither on its batch nor on where the pipeline runs.
 
     Args:
         encoder: frozen sentence encoder.
@@ -41,6 +41,8 @@ class PromptRouter(ExpertSet):
         experts: K of them, in the order of the codes.
         base, training, weights_fingerprint, made_by: see `ExpertSet`.
         familiarity: what the training prompts were like; None: only words that the encoder does not know are told.
+        bias: b_k, shape `(K,)`: what gives every code its share of the training prompts, as in training; None: 0, as
+            published.
         shift: what was added to the codes' width logits for the plans to keep the budget; routes do not use it.
 
     Raises:
@@ -66,6 +68,7 @@ class PromptRouter(ExpertSet):
         familiarity: Familiarity | None = None,
         weights_fingerprint: str | None = None,
         shift: float = 0.0,
+        bias: Tensor | None = None,
         made_by: Mapping[str, Any] | None = None,
     ) -> None:
         experts = tuple(experts)
@@ -75,7 +78,13 @@ class PromptRouter(ExpertSet):
                 f"the codes have shape {tuple(codes.shape)}; expected ({len(experts)}, {space.length}): one of the "
                 "space's length for each expert. Pass the codes and experts of one training."
             )
-        if not codes.isfinite().all():
+        bias = torch.zeros(len(experts)) if bias is None else bias.detach()
+        if bias.shape != (len(experts),):
+            raise PlanMismatch(
+                f"the bias has shape {tuple(bias.shape)}; expected ({len(experts)},): one number for each expert. "
+                "Pass the codes, bias and experts of one training."
+            )
+        if not (codes.isfinite().all() and bias.isfinite().all()):
             raise GenpruneError(
                 "the codes hold values that are not finite; expected logits. Train again at a lower learning rate."
             )
@@ -90,6 +99,7 @@ class PromptRouter(ExpertSet):
         self.encoder, self.space, self.codes = encoder, space, codes
         self.predictor = predictor.to("cpu", torch.float32).eval().requires_grad_(False)
         self.familiarity, self.shift = familiarity, float(shift)
+        self.bias = bias.to("cpu", torch.float64).clone()
         features = [space.features(code) for code in codes]
         self._features = torch.stack(features)  # (K, D)
         # codes of the same features are one: rounding must not choose between them
@@ -123,14 +133,15 @@ class PromptRouter(ExpertSet):
         known = {prompt: self._compare(prompt) for prompt in dict.fromkeys(prompts)}
         similarities = torch.stack([known[prompt][0] for prompt in prompts])
         reasons = tuple(known[prompt][1] for prompt in prompts)
-        experts = [row.tolist().index(float(row.max())) for row in similarities]
+        wanted = similarities + self.bias
+        experts = [row.tolist().index(float(row.max())) for row in wanted]
         self._tell_unfamiliar(prompts, reasons, unfamiliar)
         fixed = [reason is not None and unfamiliar == "largest" for reason in reasons]
         if any(fixed):
             largest = self.largest
             experts = [largest if stays else expert for stays, expert in zip(fixed, experts)]
         if capacity:
-            experts = self._within_budget(similarities, experts, fixed)
+            experts = self._within_budget(wanted, experts, fixed)
         return Routes(tuple(experts), similarities, reasons)
 
     def _compare(self, prompt: str) -> tuple[Tensor, str | None]:

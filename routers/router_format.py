@@ -163,7 +163,7 @@ def _save_prompt_parts(router: PromptRouter, folder: Path) -> dict[str, Any]:
     parts = {"predictor": router.predictor.state_dict(), "space": router.space.tensors()}
     parts["familiarity"] = {} if router.familiarity is None else router.familiarity.tensors()
     tensors = {f"{part}.{name}": value for part, values in parts.items() for name, value in values.items()}
-    tensors["codes"] = router.codes
+    tensors["codes"], tensors["bias"] = router.codes, router.bias
     save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, str(folder / TENSORS))
     return {
         "encoder": router.encoder.to_json(),
@@ -206,6 +206,7 @@ def _load_prompt_router(
         experts,
         familiarity=familiarity,
         shift=float(config["shift"]),
+        bias=parts["bias"][""],
         **common,
     )
 
@@ -230,7 +231,7 @@ def _read_tensors(path: Path, expected: str) -> dict[str, dict[str, Tensor]]:
         raise PlanMismatch(
             f"'{path}' is not a whole safetensors file ({error}). Fetch the router's folder anew."
         ) from None
-    parts: dict[str, dict[str, Tensor]] = {"predictor": {}, "space": {}, "familiarity": {}, "codes": {}}
+    parts: dict[str, dict[str, Tensor]] = {"predictor": {}, "space": {}, "familiarity": {}, "codes": {}, "bias": {}}
     for name, tensor in tensors.items():
         part, _, rest = name.partition(".")
         parts[part][rest] = tensor

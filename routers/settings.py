@@ -54,10 +54,12 @@ class APTP:
         groups: most entries of one site's code, whose units go together.
         grouping: which units are together without scores: `neighbours` (APTP), or those of like `magnitude`.
         start_scale: how far from the threshold logits begin, where scores say what to begin around.
+        predictor_scale: spread of the first predicted logits around the start, > 0. None: 1, as published, and .3
+            where scores say what to begin around, so that prompts begin near that plan.
         temperature, offset: T > 0 and b of the relaxation.
         steps: optimiser steps. Published: 5000.
         warmup: share of the steps before the codes: every prompt has the architecture that was predicted for it. At
-            its end the codes begin at predictions that lie far from each other.
+            its end the codes begin at the means of clusters of predictions.
         batch_size: rows a process and step. Balance and contrast are over the rows of all processes.
         learning_rate: of AdamW, for predictor and codes. Published: 2e-4 sqrt(rows of a step).
         lr_warmup_steps: of linear warm-up, then constant.
@@ -88,6 +90,7 @@ class APTP:
     groups: int = 32
     grouping: str = "neighbours"
     start_scale: float = 1.0
+    predictor_scale: float | None = None
     temperature: float = 0.4
     offset: float = 3.0
     steps: int = 5000
@@ -148,6 +151,8 @@ class APTP:
             check_range(name, getattr(self, name), 0, 0.999)
         if self.min_snr_gamma is not None:
             check_range("min_snr_gamma", self.min_snr_gamma, 1e-12, math.inf)
+        if self.predictor_scale is not None:
+            check_range("predictor_scale", self.predictor_scale, 1e-12, math.inf)
         if self.teacher_guidance is not None:
             check_range("teacher_guidance", self.teacher_guidance, 0, math.inf)
 

@@ -6,6 +6,7 @@ import contextlib
 import json
 import logging
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -59,7 +60,8 @@ class LearnedCodes:
         usage: share of the prompts (of the sampler's steps) that goes to each code.
         plans: one a code.
         boundaries: between noise levels, ascending; empty for prompts.
-        embeddings: of the distinct prompts, `(prompts, dim)`, and the code of each; None for noise levels.
+        embeddings: of the distinct prompts, `(prompts, dim)`; None for noise levels.
+        bias: what balances the routes over the training prompts, `(K,)`.
         curve: one record a step.
         notes: what was trained on, as JSON.
     """
@@ -72,7 +74,7 @@ class LearnedCodes:
     plans: list[PruningPlan] = field(repr=False)
     boundaries: tuple[float, ...]
     embeddings: Tensor | None = field(repr=False)
-    chosen: list[int] | None = field(repr=False)
+    bias: Tensor | None = field(repr=False)
     curve: list[dict[str, Any]] = field(repr=False)
     notes: dict[str, Any] = field(repr=False)
 
@@ -197,7 +199,8 @@ def _learn(
     if settings.route_by == "prompt":
         encoder = encoder_of(encoder, pipe)
         embeddings = encoder.encode(distinct, batch_size=1)
-        predictor = ArchitecturePredictor(encoder.dim, space.lengths, settings.seed)
+        scale = settings.predictor_scale or (1.0 if scores is None else 0.3)
+        predictor = ArchitecturePredictor(encoder.dim, space.lengths, settings.seed, scale)
         predictor.standardise(embeddings)
         predictor.begin_at(start)
     else:
@@ -231,18 +234,21 @@ def _learn(
             curve = _to_the_end(training, found, folder, notes, progress and accelerator.is_main_process)
     router_model.cpu()
     codes = router_model.codes.detach()
-    chosen = None
+    bias = None
     if embeddings is None:
         usage = usage_of(list(range(settings.experts)), settings.experts)  # boundaries share out the sampler's steps
     else:
         with torch.no_grad():
-            chosen = assignment.similarities(space, predictor(embeddings), codes).argmax(-1).tolist()
+            similarity = assignment.similarities(space, predictor(embeddings), codes)
+        counts = Counter(prompts)
+        bias = assignment.balancing_bias(similarity, torch.tensor([counts[prompt] for prompt in distinct]))
+        chosen = (similarity + bias).argmax(-1).tolist()
         place = dict(zip(distinct, chosen))
         usage = usage_of([place[prompt] for prompt in prompts], settings.experts)
     shift = budget_shift(space, codes, usage, costs, settings.keep, settings.of)
     budget = {"keep": settings.keep, "of": settings.of}
     plans = code_plans(space, codes, costs, plan_base(model, costs.sites), shift, {"method": "aptp", **notes}, budget)
-    learned = LearnedCodes(space, predictor, codes, shift, usage, plans, boundaries, embeddings, chosen, curve, notes)
+    learned = LearnedCodes(space, predictor, codes, shift, usage, plans, boundaries, embeddings, bias, curve, notes)
     return learned, encoder
 
 

@@ -117,9 +117,9 @@ class RouterTraining:
 
     @torch.no_grad()
     def begin_codes(self) -> None:
-        """At the end of the warm-up: the codes begin at predictions that lie far from each other."""
+        """At the end of the warm-up: each code begins in the midst of predictions that lie near each other."""
         logits = self.model.predictor(self.embeddings.to(self.accelerator.device))
-        self.model.codes.copy_(logits[assignment.far_apart(self.space, logits, len(self.model.codes))])
+        self.model.codes.copy_(assignment.cluster_codes(self.space, logits, len(self.model.codes)))
 
     def indices(self, step: int) -> range:
         """Global sample indices of this process's rows."""
@@ -224,12 +224,14 @@ class RouterTraining:
         codes: Tensor,
     ) -> dict[str, Any]:
         """The numbers of a step; `gap` is how far the drawn architectures are from those without noise."""
-        record = {
-            "step": step + 1,
-            "loss": float(loss.detach()),
-            "terms": {name: float(value.detach()) for name, value in terms.items()},
-            "kept": float(kept[place].mean().detach()),
-        }
+        margin = torch.zeros(())
+        if own is not None and own.shape[1] > 1:
+            best = own.topk(2, dim=1).values
+            margin = (best[:, 0] - best[:, 1]).mean()
+        told = [loss, kept[place].mean(), margin, *terms.values()]
+        told = torch.stack([value.detach().double().to(loss.device) for value in told])
+        told = self.accelerator.reduce(told, "mean").tolist()  # every process has rows of its own
+        record = {"step": step + 1, "loss": told[0], "terms": dict(zip(terms, told[3:])), "kept": told[1]}
         if chosen is not None:
             with torch.no_grad():
                 fixed = self._prunable(self.costs.share(self.space.gates(codes)))
@@ -238,8 +240,7 @@ class RouterTraining:
             counts = torch.bincount(self.accelerator.gather(chosen), minlength=len(codes))
             record["rows"] = counts.tolist()
         if own is not None and own.shape[1] > 1:
-            best = own.topk(2, dim=1).values
-            record["margin"] = float((best[:, 0] - best[:, 1]).mean())
+            record["margin"] = told[2]
         return record
 
 

@@ -1,4 +1,4 @@
-"""Gates by row: a mixed batch equals its prompts on their really cut experts, under guidance and with many pictures."""
+"""Gates by row: a mixed batch equals its prompts on their really cut experts, guided and with many pictures."""
 
 from __future__ import annotations
 

@@ -49,15 +49,14 @@ class StepExperts(nn.Module):
     def noise(self, timestep: float) -> float:
         """Share of the training timesteps, in [0, 1] (the sigma of a flow), of a timestep as the denoiser is given it.
 
-        Pipelines give either the scheduler's own timesteps, or (FLUX) those as a share. Which of the two is told by
-        the first call of a chain, where they are farthest apart.
+        Pipelines give either the scheduler's own timesteps, or (FLUX) those as a share. The first call of a chain
+        tells: it comes nearest to one of the scheduler's timesteps in the right unit.
         """
         count = float(self.scheduler.config.get("num_train_timesteps") or 1000)
         if self._unit is None:
-            self._unit = 1 / count
-            top = float(self.scheduler.timesteps.abs().max()) if len(self.scheduler.timesteps) else count
-            if timestep > 0 and top > 0 and abs(math.log(timestep * count / top)) < abs(math.log(timestep / top)):
-                self._unit = 1.0
+            known = [float(each) for each in self.scheduler.timesteps if each > 0] or [count]
+            own, share = (_apart(value, known) for value in (timestep, timestep * count))
+            self._unit = 1.0 if share <= own and timestep > 0 else 1 / count
         return min(max(timestep * self._unit, 0.0), 1.0)
 
     def _timestep(self, args: tuple, kwargs: dict[str, Any]) -> float:
@@ -81,3 +80,8 @@ class StepExperts(nn.Module):
             if "store" not in self.__dict__:
                 raise
             return getattr(self.store.current, name)
+
+
+def _apart(value: float, known: list[float]) -> float:
+    """How far a positive value is from the nearest of these, as the logarithm of their ratio."""
+    return min(abs(math.log(value / each)) for each in known) if value > 0 else 0.0

@@ -17,6 +17,8 @@ from scripts.ecodiff.bases import DRAW_ROWS, Base, bases, latents_of, pictures_o
 from scripts.ecodiff.figures import TEST_SEED, Dense, Judge
 
 from .candidates import BUDGETS, CANDIDATES, Candidate
+from .difficulty import difficulty_of
+from .measures import control_rows, prompt_map, retrieval
 from .routers import Routers
 
 STAGES = ("train", "finetune", "draw")
@@ -45,7 +47,10 @@ def judge_base(base: Base, judge: Judge, arguments: argparse.Namespace) -> dict[
         arguments.finetune_share,
     )
     dense = _dense(base, pipe, judge, arguments.work / base.name)
-    rows: dict[str, Any] = {"dense": judge.figures(dense.pictures, dense.latents, None)}
+    rows: dict[str, Any] = {
+        "dense": judge.figures(dense.pictures, dense.latents, None) | retrieval(dense.pictures, judge.scenes),
+        "controls": control_rows(judge, dense),
+    }
     budgets = arguments.budgets or BUDGETS
     wanted = [(keep, each) for keep in budgets for each in CANDIDATES if _is_wanted(each, keep, arguments)]
     for stage in arguments.stages:
@@ -101,9 +106,14 @@ def _row(
     for share, router in points.items():
         file = work / base.name / f"drawn-{judge.count}" / f"{candidate.slug}@{keep:g}-{share}.safetensors"
         latents, pictures = drawn(file, base, pipe, router, routes, judge.prompts)
-        row["points"][share] = judge.figures(pictures, latents, dense)
+        row["points"][share] = judge.figures(pictures, latents, dense) | retrieval(pictures, judge.scenes)
+        right = judge.grade(pictures, judge.scenes)["grade(all)"].double()
+        row["points"][share]["right"] = [int(value) for value in right]  # for paired differences
         if routes is not None and len(shares) > 1:
-            row["points"][share]["by_expert"] = _by_expert(judge, pictures, routes, len(shares))
+            row["points"][share]["by_expert"] = _by_expert(right, routes, len(shares))
+    if routes is not None and len(shares) > 1 and not candidate.random:
+        row["difficulty"] = difficulty_of(base, pipe, plain, work / base.name / "difficulty.safetensors")
+        row["map"] = prompt_map(plain)
     return row
 
 
@@ -158,9 +168,8 @@ def _overlap(plans: list) -> float | None:
     return sum(one.overlap(other) for one, other in pairs) / len(pairs) if pairs else None
 
 
-def _by_expert(judge: Judge, pictures: Tensor, routes: list[int], experts: int) -> list[dict | None]:
+def _by_expert(right: Tensor, routes: list[int], experts: int) -> list[dict | None]:
     """Test captions and the share that is right, for each expert."""
-    right = judge.grade(pictures, judge.scenes)["grade(all)"].double()
     place = torch.tensor(routes)
     return [
         {"prompts": int((place == k).sum()), "all_right": float(right[place == k].mean())} if k in routes else None

@@ -109,8 +109,8 @@ def _difference(row: dict[str, Any], other: dict[str, Any] | None, share: str) -
 
 def _difficulty(part: dict[str, Any]) -> list[str]:
     lines = [
-        "Rank correlation of a prompt's budget with how badly the dense model denoises its picture, and with the number "
-        "of objects in it (Spearman, 95 % interval):",
+        "Rank correlation of a prompt's budget with how badly the dense model denoises its picture, and with the "
+        "number of objects in it (Spearman, 95 % interval):",
         "",
         "| kept | router | denoising error | objects | experts' MACs |",
         "|---|---|---:|---:|---|",
@@ -130,8 +130,9 @@ def _map(part: dict[str, Any]) -> list[str]:
         row = next((each for label, each in rows[1].items() if label == "8 experts" and "map" in each), None)
         if row is None:
             continue
+        captions = sum(each["prompts"] for each in row["map"])
         lines = [
-            f"Where {sum(each['prompts'] for each in row['map'])} test captions go, 8 experts at {float(rows[0]):.0%}:",
+            f"Where {captions} test captions go, 8 experts at {float(rows[0]):.0%}:",
             "",
             "| expert | MACs | captions | kinds of scene | words most typical of it |",
             "|---:|---:|---:|---|---|",

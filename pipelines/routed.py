@@ -58,7 +58,8 @@ class RoutedPipeline:
 
     Args:
         pipe: a stock text-to-image pipeline with its dense denoiser, without gates, adapters and offloading of the
-            denoiser. The wrapper takes it over; `unwrapped` gives it back.
+            denoiser. The object itself is left alone, its components are shared: with a reordered store its denoiser
+            runs again after `unwrapped` was asked for.
         router: a `PromptRouter` or a `TimestepRouter` of this base.
         store, resident, unfamiliar, capacity: see `RoutedSettings`.
         check_weights: refuse weights that the router was not trained on. False for a fine-tune that is meant.
@@ -95,7 +96,7 @@ class RoutedPipeline:
         else:
             experts = MaterialisedStore(model, router.experts, resident=settings.resident)
         own = {"router": router, "store": experts, "settings": settings, "active_rows": None}
-        own |= {"_pipe": pipe, "_slot": slot, "_statistics": _statistics(router)}
+        own |= {"_pipe": copy.copy(pipe), "_slot": slot, "_statistics": _statistics(router)}
         own["_steps"] = StepExperts(experts, router, pipe.scheduler) if router.kind == "timestep" else None
         self.__dict__.update(own)
 
@@ -229,7 +230,7 @@ class RoutedPipeline:
 
     @property
     def unwrapped(self) -> Any:
-        """The stock pipeline with its dense denoiser, as it was to the bit. The next routed call takes it again."""
+        """A stock pipeline with the dense denoiser, as it was to the bit. The next routed call takes it again."""
         self._pipe.__dict__[self._slot] = self.store.dense()
         return self._pipe
 

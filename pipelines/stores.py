@@ -51,6 +51,7 @@ class ExpertStore:
         self.switches = 0
         if not self.experts:
             raise GenpruneError("there are 0 experts; expected one or more. Pass router.experts.")
+        check_free(model)
         check_cuttable(model)
         check_adoptable(model)
         if gated := gated_sites(model):
@@ -82,7 +83,9 @@ class ExpertStore:
     def copy(self, expert: int) -> nn.Module:
         """The expert with weights of its own, its LoRA merged; the store is not part of it."""
         self._check(expert)
-        copy = cut_copy(self.dense(), self.experts[expert].plan)
+        dense = self.dense()
+        check_free(dense)
+        copy = cut_copy(dense, self.experts[expert].plan)
         load_fine_tuned_(copy, self.experts[expert])
         return copy
 
@@ -202,6 +205,8 @@ class ReorderedStore(ExpertStore):
             return self._skeletons[expert].model
         with interrupt_deferred():
             own = self._read_own(expert)
+            if not self._taken:
+                check_free(self.model)
             self._leave_active()
             if not self._taken:
                 self._take()
@@ -296,3 +301,12 @@ def refuse_idle(model: nn.Module, *ignored: Any) -> None:
         "expected the model that the store gave last. Call store.activate(expert) or store.dense(), and use what that "
         "returns."
     )
+
+
+def check_free(model: nn.Module) -> None:
+    """Refuse a model whose weights are in another store's order. Raises `GenpruneError`."""
+    if refuse_idle in model._forward_pre_hooks.values():
+        raise GenpruneError(
+            f"the weights of this {type(model).__name__} serve an expert of another store; expected the dense model. "
+            "Call dense() of that store (`unwrapped` of its routed pipeline) first."
+        )

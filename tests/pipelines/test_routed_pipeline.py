@@ -268,6 +268,29 @@ def test_one_copy_of_the_weights(routed):
     assert active <= places
 
 
+@pytest.mark.parametrize("store", ["reordered", "materialised"])
+def test_the_given_pipeline_is_left_alone(parts, store):
+    pipe, router = parts
+    before = pipe.unet
+    drawn = pipe(WORDS[0], generator=seeded(0), **LATENT).images
+    first, second = (RoutedPipeline(pipe, router, store) for _ in range(2))
+    first(WORDS[:2], expert=[0, 1], **LATENT)
+    assert pipe.unet is before and first.unet is not before
+    if store == "reordered":
+        for use in (
+            lambda: second(WORDS[0], **LATENT),
+            lambda: RoutedPipeline(pipe, router),
+            lambda: second.expert_pipeline(0),
+        ):
+            with pytest.raises(gp.GenpruneError, match="serve an expert of another store; expected the dense model"):
+                use()
+        first.unwrapped  # noqa: B018
+    assert torch.equal(pipe(WORDS[0], generator=seeded(0), **LATENT).images, drawn)
+    second(WORDS[0], **LATENT)
+    assert torch.equal(second.unwrapped(WORDS[0], generator=seeded(0), **LATENT).images, drawn)
+    assert torch.equal(pipe(WORDS[0], generator=seeded(0), **LATENT).images, drawn)
+
+
 def test_a_router_by_timestep_takes_class_labels_too(tmp_path):
     """Whatever the pipeline is called with: all rows run in one batch."""
     pipe = dit_pipeline()

@@ -79,7 +79,7 @@ def test_settings_and_base_can_be_given(saved, tmp_path):
     assert not (tmp_path / "named" / "pipeline").exists()
     assert np.abs(draw(RoutedPipeline.from_pretrained(tmp_path / "named")) - pictures).max() < 1e-4
     given = RoutedPipeline.from_pretrained(tmp_path / "named", base=routed.unwrapped)
-    assert given.unwrapped is routed._pipe
+    assert given.unwrapped.unet is routed.unwrapped.unet
     assert np.abs(draw(gp.load_pipeline(folder)) - pictures).max() < 1e-4
 
 

@@ -255,13 +255,17 @@ class SiteCosts:
         return ModuleCosts(self.total.params - left.params, self.total.macs - left.macs)
 
 
-def site_costs(target, point: OperatingPoint | None = None, sites: Sites | None = None) -> SiteCosts:
+def site_costs(
+    target, point: OperatingPoint | None = None, sites: Sites | None = None, total: Costs | None = None
+) -> SiteCosts:
     """What each unit of each site costs, derived from the sites' slices on the meta device.
 
     Args:
         target: a supported model or a pipeline; not touched.
         point: the operating point. Default: the family's.
         sites: what `find_sites(target)` returned, when at hand.
+        total: of the whole model and each module, in place of what is counted: something else that modules take, such
+            as time, under the name of MACs.
 
     Returns:
         `SiteCosts`; its `predict(masks)` equals `count_costs` of the really cut model, to the integer.
@@ -272,7 +276,8 @@ def site_costs(target, point: OperatingPoint | None = None, sites: Sites | None 
     model = denoiser(target)
     meta = meta_copy(model)
     sites = find_sites(model) if sites is None else sites
-    total = _count(meta, operating_point(model) if point is None else point)
+    if total is None:
+        total = _count(meta, operating_point(model) if point is None else point)
     paths = dict.fromkeys(piece.module for site in sites.values() for piece in site.slices)
     layers = {path: _layer_shape(meta.get_submodule(path), total.modules[path].macs) for path in paths}
     emptied = {name: _leaves(meta, site, total) for name, site in sites.items() if site.emptied}

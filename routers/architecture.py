@@ -157,6 +157,7 @@ class ArchitectureSpace:
         """
         soft = self.relaxed(logits, noise)
         hard = (soft >= 0.5).to(soft.dtype)
+        hard[:, self.depth_part.start : self.depth_part.start + len(self.depth[:1])] = 1  # the first never goes
         gates = {}
         for vector in self.widths:
             part, revived = soft[:, vector.part], hard[:, vector.part]
@@ -179,14 +180,13 @@ class ArchitectureSpace:
 
         Args:
             logits: shape `(D,)`.
-            shift: added to the logits of the widths, which moves all of them against the budget.
+            shift: added to the logits of all gates (to the log-odds of depth), which moves them against the budget.
 
         Returns:
             Site name -> bool of shape `(size,)`, for every site of the space.
         """
-        moved = logits.detach().double().cpu().clone()
-        moved[: self.depth_part.start] += shift
-        return {name: gate[0].bool() for name, gate in self.gates(moved[None]).items()}
+        noise = relaxation.MEDIAN_NOISE + shift
+        return {name: gate[0].bool() for name, gate in self.gates(logits.detach().double().cpu()[None], noise).items()}
 
     def features(self, logits: Tensor) -> Tensor:
         """phi of codes, L2-normalised, so that the cosine of two codes is their inner product; no noise.

@@ -29,7 +29,7 @@ def shares_of(space: ArchitectureSpace, codes: Tensor, costs: SiteCosts, of: str
 def budget_shift(
     space: ArchitectureSpace, codes: Tensor, usage: Sequence[float], costs: SiteCosts, keep: float, of: str
 ) -> float:
-    """What to add to the width logits of all codes so that the mean over routed prompts is the budget.
+    """What to add to the logits of all codes so that the mean over routed prompts is the budget.
 
     Routes do not depend on it, and shares fall with it, so that a bisection finds the nearest step.
 
@@ -63,15 +63,17 @@ def code_plans(
     shift: float,
     made_by: Mapping[str, Any],
     budget: Mapping[str, Any],
+    shares: Sequence[float],
 ) -> list[PruningPlan]:
     """One plan a code, with params and MACs of dense and cut.
 
     Args:
+        shares: of `shares_of`, in the budget's quantity.
         made_by: what is noted in every plan.
         budget: `keep` and `of` of the average; `reached` is each plan's own.
     """
     plans = []
-    for index, (code, share) in enumerate(zip(codes, shares_of(space, codes, costs, budget["of"], shift))):
+    for index, (code, share) in enumerate(zip(codes, shares)):
         keep = space.keep(code, shift)
         left = costs.predict(keep)
         figures = {"dense_params": costs.total.params, "params": left.params}

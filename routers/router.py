@@ -43,7 +43,7 @@ class PromptRouter(ExpertSet):
         familiarity: what the training prompts were like; None: only words that the encoder does not know are told.
         bias: b_k, shape `(K,)`: what gives every code its share of the training prompts, as in training; None: 0, as
             published.
-        shift: what was added to the codes' width logits for the plans to keep the budget; routes do not use it.
+        shift: what was added to the codes' logits for the plans to keep the budget; routes do not use it.
 
     Raises:
         PlanMismatch: shapes do not fit each other, or a plan is for another model.
@@ -100,12 +100,7 @@ class PromptRouter(ExpertSet):
         self.predictor = predictor.to("cpu", torch.float32).eval().requires_grad_(False)
         self.familiarity, self.shift = familiarity, float(shift)
         self.bias = bias.to("cpu", torch.float64).clone()
-        features = [space.features(code) for code in codes]
-        self._features = torch.stack(features)  # (K, D)
-        # codes of the same features are one: rounding must not choose between them
-        self._first_like = [
-            next(j for j, other in enumerate(features) if torch.equal(each, other)) for each in features
-        ]
+        self._features = torch.stack([space.features(code) for code in codes])  # (K, D)
 
     @torch.no_grad()
     def route(self, prompts: str | Sequence[str], *, unfamiliar: str = "largest", capacity: bool = False) -> Routes:
@@ -149,7 +144,8 @@ class PromptRouter(ExpertSet):
         embedding = self.encoder.encode([prompt], batch_size=1)[0].to("cpu", torch.float32)
         with torch.autocast("cpu", enabled=False):
             features = self.space.features(self.predictor(embedding[None])[0])
-        similarity = (self._features * features).sum(-1)[self._first_like]
+        # row by row, so that equal codes are level to the bit
+        similarity = (self._features * features).sum(-1)
         if not similarity.isfinite().all():
             raise GenpruneError(
                 f"the encoder '{self.encoder.name}' gives values that are not finite for the prompt {prompt[:60]!r}; "

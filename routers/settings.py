@@ -15,7 +15,7 @@ from genprune.routers.resources import QUANTITIES
 
 FORMAT_VERSION = 1
 _CHOICES = {
-    "of": QUANTITIES,
+    "of": (*QUANTITIES, "latency"),
     "route_by": ("prompt", "timestep"),
     "resource_loss": RESOURCE_LOSSES,
     "mixed_precision": ("no", "fp16", "bf16"),
@@ -47,7 +47,7 @@ class APTP:
     Args:
         experts: K, how many codes. 1 is a static plan, trained the same way.
         keep: share of the dense denoiser that stays on average over the training prompts, in (0, 1].
-        of: `macs` or `params`.
+        of: `macs`, `params`, or `latency`: the time that modules were measured to take, shared out over their units.
         route_by: `prompt`, or `timestep`: one code for each interval of noise levels, the same for all prompts.
         kinds: kinds of sites that narrow; None: all that the model has.
         depth: True: parts that can go as a whole have ordered depth gates; patterns of site names; False: none.

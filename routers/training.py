@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from genprune.costs import site_costs
+from genprune.costs import SiteCosts, site_costs
 from genprune.cutting import plan_base
 from genprune.denoising.switches import blocks_checkpointed
 from genprune.errors import GenpruneError
@@ -23,18 +23,21 @@ from genprune.families import OperatingPoint, denoiser
 from genprune.files import whole_file
 from genprune.masks.checkpoints import checkpoints
 from genprune.plan import PruningPlan
+from genprune.planning import with_latency
 from genprune.recovery.accelerators import accelerator_of, check_accelerator
 from genprune.recovery.models import on_device, teaching
 from genprune.recovery.pairing import block_lists
 from genprune.recovery.pipeline_data import cache_folder, pipeline_data
 from genprune.routers import assignment
 from genprune.routers.architecture import ArchitectureSpace
-from genprune.routers.codes import budget_shift, code_plans, usage_of
+from genprune.routers.codes import budget_shift, code_plans, shares_of, usage_of
 from genprune.routers.predictor import ArchitecturePredictor
 from genprune.routers.settings import APTP
+from genprune.routers.timing import module_times, timed_costs
 from genprune.routers.training_checkpoints import load_checkpoint, save_checkpoint
 from genprune.routers.training_setup import (
     budget_point,
+    budget_quantity,
     checked_request,
     data_settings,
     first_codes,
@@ -46,7 +49,7 @@ from genprune.routers.training_step import RouterModel, RouterTraining
 from genprune.scores import Scores
 
 logger = logging.getLogger(__name__)
-CURVE = "curve.json"
+CURVE, TIMES = "curve.json", "module_times.json"
 
 
 @dataclass(frozen=True)
@@ -212,6 +215,7 @@ def _learn(
         blocks_checkpointed(model, True) if settings.gradient_checkpointing else contextlib.nullcontext(),
     ):
         check_accelerator(accelerator, settings)
+        budget = _budget_costs(model, settings, costs, folder, accelerator)
         with accelerator.main_process_first(), on_device((pipe,), accelerator.device):
             main = accelerator.is_main_process
             rows = pipeline_data(
@@ -228,7 +232,7 @@ def _learn(
         notes = training_notes(settings, prompts, rows, encoder if embeddings is not None else None, accelerator)
         taps = [f"{path}.{index}" for path, length in block_lists(model).items() for index in range(length)]
         training = RouterTraining(
-            model, taps, rows, embeddings, router_model, space, costs, settings, boundaries, accelerator
+            model, taps, rows, embeddings, router_model, space, budget, settings, boundaries, accelerator
         )
         with training:
             curve = _to_the_end(training, found, folder, notes, progress and accelerator.is_main_process)
@@ -245,11 +249,42 @@ def _learn(
         chosen = (similarity + bias).argmax(-1).tolist()
         place = dict(zip(distinct, chosen))
         usage = usage_of([place[prompt] for prompt in prompts], settings.experts)
-    shift = budget_shift(space, codes, usage, costs, settings.keep, settings.of)
-    budget = {"keep": settings.keep, "of": settings.of}
-    plans = code_plans(space, codes, costs, plan_base(model, costs.sites), shift, {"method": "aptp", **notes}, budget)
+    of = budget_quantity(settings)
+    shift = budget_shift(space, codes, usage, budget, settings.keep, of)
+    plans = code_plans(
+        space,
+        codes,
+        costs,
+        plan_base(model, costs.sites),
+        shift,
+        {"method": "aptp", **notes},
+        {"keep": settings.keep, "of": settings.of},
+        shares_of(space, codes, budget, of, shift),
+    )
+    if settings.of == "latency":
+        plans = [with_latency(model, plan) for plan in plans]
     learned = LearnedCodes(space, predictor, codes, shift, usage, plans, boundaries, embeddings, bias, curve, notes)
     return learned, encoder
+
+
+def _budget_costs(
+    model: torch.nn.Module, settings: APTP, costs: SiteCosts, folder: _Folder, accelerator: Any
+) -> SiteCosts:
+    """The costs that the budget is of: counted, or measured once for all processes and for a run that goes on."""
+    if settings.of != "latency":
+        return costs
+    file = None if folder.path is None else Path(folder.path) / TIMES
+    if folder.resume and file is not None and file.is_file():
+        times = json.loads(file.read_text())
+    else:
+        from accelerate.utils import broadcast_object_list
+
+        times = broadcast_object_list([module_times(model, costs) if accelerator.is_main_process else None])[0]
+        if file is not None and accelerator.is_main_process:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with whole_file(file) as written:
+                written.write_text(json.dumps(times))
+    return timed_costs(model, costs, times)
 
 
 def _to_the_end(

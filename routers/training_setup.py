@@ -60,7 +60,7 @@ def space_and_start(
     ranked, kept = None, None
     if isinstance(scores, Scores):
         _check_scores(scores.base, model, costs)
-        ranked, kept = scores.values, scores.plan(settings.keep, settings.of).keep
+        ranked, kept = scores.values, scores.plan(settings.keep, budget_quantity(settings)).keep
     elif isinstance(scores, PruningPlan):
         _check_scores(scores.base, model, costs)
         ranked = kept = scores.keep
@@ -128,6 +128,11 @@ def training_notes(settings: APTP, prompts: list, rows: Any, encoder: Any, accel
         "data": rows.fingerprint,
         "encoder": None if encoder is None else encoder.to_json(),
     }
+
+
+def budget_quantity(settings: APTP) -> str:
+    """What costs hold the budget: times stand where MACs do."""
+    return "macs" if settings.of == "latency" else settings.of
 
 
 def budget_point(model: nn.Module, given: OperatingPoint | Mapping[str, int] | None) -> OperatingPoint:

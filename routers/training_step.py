@@ -19,6 +19,7 @@ from genprune.routers.predictor import ArchitecturePredictor
 from genprune.routers.resources import CodeCosts
 from genprune.routers.row_gates import RowGates
 from genprune.routers.settings import APTP
+from genprune.routers.training_setup import budget_quantity
 
 _PRIME = 1_000_003
 
@@ -66,7 +67,7 @@ class RouterTraining:
     ) -> None:
         self.denoiser, self.data, self.embeddings, self.space = denoiser, data, embeddings, space
         self.settings, self.boundaries, self.accelerator = settings, boundaries, accelerator
-        self.costs = CodeCosts(costs, space, settings.of)
+        self.costs = CodeCosts(costs, space, budget_quantity(settings))
         # against the dense model every time, so that a run that goes on aims at what it aimed at before
         self.target = self.costs.prunable_target(settings.keep)
         self.model = model

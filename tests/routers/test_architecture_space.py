@@ -91,6 +91,7 @@ def test_depth_falls_in_order_and_the_first_never_goes():
         logits = torch.randn(1, space.length, generator=torch.Generator().manual_seed(seed)) * 4
         kept = [bool(space.keep(logits[0])[name].all()) for name in space.depth]
         assert kept[0] and kept == sorted(kept, reverse=True)
+    assert space.keep(space.start(), shift=-100.0)[space.depth[0]].all()
     probability = torch.sigmoid(relaxation.depth_logits(torch.zeros(1, 4)))
     assert torch.allclose(probability, torch.tensor([[1, 0.75, 0.5, 0.25]]), atol=1e-5)
 

@@ -16,6 +16,7 @@ from genprune.routers import relaxation
 from genprune.routers.architecture import ArchitectureSpace
 from genprune.routers.codes import budget_shift, code_plans, shares_of, usage_of
 from genprune.routers.resources import CodeCosts
+from genprune.routers.timing import module_times, timed_costs
 
 HOSTS = ("sd_unet", "sdxl_unet", "flux", "sd3", "dit", "vit")
 
@@ -98,13 +99,29 @@ def test_plans_hold_their_own_figures(caplog):
     model = tiny_hosts.sd_unet()
     space, costs = ArchitectureSpace.of(model), site_costs(model)
     codes = codes_of(space, 2)
-    plans = code_plans(space, codes, costs, plan_base(model), 0.0, {"method": "aptp"}, {"keep": 0.7, "of": "macs"})
+    shares = shares_of(space, codes, costs, "macs")
+    plans = code_plans(
+        space, codes, costs, plan_base(model), 0.0, {"method": "aptp"}, {"keep": 0.7, "of": "macs"}, shares
+    )
     for index, plan in enumerate(plans):
         small = gp.cut(copy.deepcopy(model), plan)
         found = gp.count_costs(small, **plan.operating_point)
         assert (found.macs, found.params) == (plan.figures["macs"], plan.figures["params"])
         assert plan.made_by["expert"] == index
         assert plan.made_by["budget"]["reached"] == pytest.approx(found.macs / plan.figures["dense_macs"])
+
+
+def test_measured_times_stand_where_macs_do():
+    model = tiny_hosts.sd_unet().eval()
+    space, costs = ArchitectureSpace.of(model), site_costs(model)
+    times = module_times(model, costs, rounds=2)
+    timed = timed_costs(model, costs, times)
+    assert timed.total.macs == sum(times.values()) > 0 and timed.total.params == costs.total.params
+    codes = codes_of(space, 2)
+    predicted = shares_of(space, codes, timed, "macs")
+    assert CodeCosts(timed, space).share(space.gates(codes)).tolist() == pytest.approx(predicted, rel=2e-3)
+    # a layer's own time and no other's: the halves of the network add up
+    assert timed.total.within("down_blocks").macs + timed.total.within("up_blocks").macs < timed.total.macs
 
 
 def test_usage_counts_prompts():

@@ -181,6 +181,19 @@ def test_training_starts_around_scores(pipe):
         train(pipe, settings, scores={})
 
 
+def test_a_budget_of_latency_is_of_measured_times(pipe, tmp_path):
+    settings = QUICK.changed(of="latency", steps=2, experts=2)
+    router = train(pipe, settings, output_dir=tmp_path)
+    reached = [e.plan.made_by["budget"]["reached"] for e in router.experts]
+    assert sum(e.usage * share for e, share in zip(router.experts, reached)) == pytest.approx(
+        0.8, abs=0.1
+    )  # of few units
+    assert all(e.plan.figures["latency_ms"] > 0 for e in router.experts)
+    times = (tmp_path / "module_times.json").read_text()
+    train(pipe, settings, output_dir=tmp_path, resume=True)  # what was measured is not measured again
+    assert (tmp_path / "module_times.json").read_text() == times
+
+
 def test_noise_levels_choose_where_asked(flux):
     settings = QUICK.changed(route_by="timestep", steps=3, experts=2)
     router = train(flux, settings, pipeline_options={**SIZE, "max_sequence_length": 8})
@@ -226,6 +239,6 @@ def test_settings_round_trip_and_ranges():
         settings.changed(expert=3)
     with pytest.raises(PlanMismatch, match="Upgrade"):
         APTP.from_json({**settings.to_json(), "format_version": 99})
-    for wrong in ({"experts": 0}, {"keep": 0}, {"of": "latency"}, {"temperature": 0}, {"route_by": "noise"}):
+    for wrong in ({"experts": 0}, {"keep": 0}, {"of": "units"}, {"temperature": 0}, {"route_by": "noise"}):
         with pytest.raises(GenpruneError, match=next(iter(wrong))):
             APTP(**wrong)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from genprune.methods.base import check_whole
 from genprune.routers.fingerprints import vocabulary_fingerprint, weights_fingerprint
 from genprune.routers.prompts import checked_prompts
 
@@ -51,14 +52,13 @@ class TextModel:
             Float32 of shape `(prompts, dim)` on the CPU, not normalised.
 
         Raises:
-            BadPrompt: no prompts, no text, or a blank one.
+            BadPrompt: no prompts, no text, or a blank one. GenpruneError: `batch_size` is no whole number >= 1.
         """
+        check_whole("batch_size", batch_size, 1)
         prompts = checked_prompts(prompts)
         model = self._ready_model()
         rows = [self._tokens(prompt) for prompt in prompts]
-        encoded = [
-            self._pooled(model, rows[start : start + batch_size]) for start in range(0, len(rows), max(1, batch_size))
-        ]
+        encoded = [self._pooled(model, rows[start : start + batch_size]) for start in range(0, len(rows), batch_size)]
         return torch.cat(encoded)
 
     def unknown_share(self, prompt: str) -> float:

@@ -14,7 +14,7 @@ from router_cases import WORDS, small_router
 
 import genprune as gp
 from genprune.routers import Routes, RouteStatistics
-from genprune.routers.balance import drift, keep_budget, mean_share
+from genprune.routers.balance import _moves, drift, keep_budget, mean_share
 
 SHARES, USAGE = (0.4, 0.6, 0.9), (0.5, 0.3, 0.2)
 
@@ -195,6 +195,16 @@ def test_a_budget_does_not_depend_on_the_order_of_the_batch():
         same = {}
         for row, expert in zip(similarities.tolist(), chosen):
             assert same.setdefault(tuple(row), expert) == expert  # duplicates go together
+
+
+def test_the_moves_of_a_prompt_keep_their_order_under_rounding():
+    """Similarities in one line with the shares: every price is the same but for rounding."""
+    for seed in range(100):
+        draw = random.Random(seed)
+        shares, slope = [draw.uniform(0.3, 1) for _ in range(6)], draw.uniform(0.1, 2)
+        similarity = [slope * share for share in shares]
+        prices = [price for price, _ in _moves(similarity, similarity.index(max(similarity)), shares)]
+        assert prices == sorted(prices)
 
 
 def test_the_cheapest_loss_of_similarity_goes_first():

@@ -63,13 +63,16 @@ def test_vectors_are_the_pooled_states_of_the_model(tmp_path, pooling):
 
 
 def test_a_vector_does_not_depend_on_its_batch(sentences):
-    together = sentences.encode(SCENES)
-    assert together.dtype == torch.float32 and together.shape == (len(SCENES), sentences.dim)
-    backwards = sentences.encode(SCENES[::-1]).flip(0)
-    alone = torch.cat([sentences.encode([prompt]) for prompt in SCENES])
+    prompts = ["cat", "two large green fox on the left of a small house", *SCENES, "a red bird in a tree"]
+    together = sentences.encode(prompts)
+    assert together.dtype == torch.float32 and together.shape == (len(prompts), sentences.dim)
+    backwards = sentences.encode(prompts[::-1]).flip(0)
+    alone = torch.cat([sentences.encode([prompt]) for prompt in prompts])
     assert torch.equal(together, backwards) and torch.equal(together, alone)
-    padded = sentences.encode(["a", *SCENES, "two large green fox on the left of a small house"], batch_size=7)[1:-1]
+    padded = sentences.encode(prompts, batch_size=7)
     assert torch.allclose(padded, alone, atol=1e-5)  # padding is masked; sums differ in the last digits
+    with pytest.raises(gp.GenpruneError, match="batch_size=0"):
+        sentences.encode(SCENES, batch_size=0)
 
 
 def test_encoding_draws_nothing_at_random(sentences, sd):

@@ -147,6 +147,20 @@ def test_of_equal_codes_the_first_is_taken(pipe):
     assert torch.equal(routes.similarities[:, :2], routes.similarities[:, 2:])
 
 
+def test_constants_of_the_experts_shift_the_argmax(pipe, router):
+    bias = torch.tensor([0.0, 0.3, -0.2, 0.1], dtype=torch.float64)
+    shifted = small_router(pipe, 4, bias=bias)
+    routes, plain = shifted.route(WORDS), router.route(WORDS)
+    assert torch.equal(routes.similarities, plain.similarities)  # the cosines themselves
+    wanted = (plain.similarities + bias).tolist()
+    assert routes.experts == tuple(row.index(max(row)) for row in wanted) != plain.experts
+    assert shifted.route([WORDS[2]]).experts == (routes.experts[2],)
+    everything = small_router(pipe, 4, bias=torch.tensor([0.0, 0.0, 3.0, 0.0]))
+    assert everything.route(WORDS).experts == (2,) * len(WORDS)
+    with pytest.raises(gp.PlanMismatch, match=r"bias has shape \(3,\); expected \(4,\)"):
+        small_router(pipe, 4, bias=bias[:3])
+
+
 def test_groups_keep_the_order(router):
     routes = router.route(WORDS)
     groups = routes.groups()

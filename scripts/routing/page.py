@@ -33,10 +33,10 @@ def quality_figures(bases: dict[str, Any]) -> dict[str, float]:
     return figures
 
 
-def write_quality(page: Path, result: dict[str, Any]) -> None:
+def write_quality(page: Path, bases: dict[str, Any]) -> None:
     """Put the tables of quality between their marks."""
     lines = []
-    for base, part in result["bases"].items():
+    for base, part in bases.items():
         lines += [f"### {TITLES.get(base, base)}", "", *_dense(part), ""]
         for keep, rows in sorted(_budgets(part).items(), reverse=True):
             lines += [f"**{float(keep):.0%} of the MACs on average**", "", *_table(rows), ""]

@@ -61,7 +61,9 @@ class APTP:
         warmup: share of the steps before the codes: every prompt has the architecture that was predicted for it. At
             its end the codes begin at the means of clusters of predictions.
         batch_size: rows a process and step. Balance and contrast are over the rows of all processes.
-        learning_rate: of AdamW, for predictor and codes. Published: 2e-4 sqrt(rows of a step).
+        learning_rate: of AdamW, for codes. Published: 2e-4 sqrt(rows of a step), for the predictor as well.
+        predictor_learning_rate: None: learning_rate over the width of the embeddings, so that a prompt's architecture
+            moves no faster than a code; at the published rate codes begin where hardly anything is left of a model.
         lr_warmup_steps: of linear warm-up, then constant.
         weight_decay, max_grad_norm: of AdamW, and of the gradients, clipped for codes and predictor apart.
         denoising_weight, resource_weight, contrastive_weight, output_weight, block_weight, spread_weight,
@@ -97,6 +99,7 @@ class APTP:
     warmup: float = 0.1
     batch_size: int = 32
     learning_rate: float = 2e-3
+    predictor_learning_rate: float | None = None
     lr_warmup_steps: int = 100
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
@@ -151,8 +154,9 @@ class APTP:
             check_range(name, getattr(self, name), 0, 0.999)
         if self.min_snr_gamma is not None:
             check_range("min_snr_gamma", self.min_snr_gamma, 1e-12, math.inf)
-        if self.predictor_scale is not None:
-            check_range("predictor_scale", self.predictor_scale, 1e-12, math.inf)
+        for name in ("predictor_scale", "predictor_learning_rate"):
+            if getattr(self, name) is not None:
+                check_range(name, getattr(self, name), 1e-12, math.inf)
         if self.teacher_guidance is not None:
             check_range("teacher_guidance", self.teacher_guidance, 0, math.inf)
 
@@ -161,9 +165,9 @@ class APTP:
         """Steps before the codes; none where there is one code, or where noise levels choose."""
         return int(self.warmup * self.steps) if self.experts > 1 and self.route_by == "prompt" else 0
 
-    def learning_rate_at(self, step: int) -> float:
-        """The learning rate of step number `step`, from 0."""
-        return self.learning_rate * min(1.0, (step + 1) / max(1, self.lr_warmup_steps))
+    def warmed(self, rate: float, step: int) -> float:
+        """A learning rate in step number `step`, from 0."""
+        return rate * min(1.0, (step + 1) / max(1, self.lr_warmup_steps))
 
     def changed(self, **changes: Any) -> APTP:
         """A copy with other values. Raises `GenpruneError` for an unknown name or a value out of range."""

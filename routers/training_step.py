@@ -71,11 +71,11 @@ class RouterTraining:
         # against the dense model every time, so that a run that goes on aims at what it aimed at before
         self.target = self.costs.prunable_target(settings.keep)
         self.model = model
-        optimizer = torch.optim.AdamW(
-            [parameter for parameter in model.parameters() if parameter.requires_grad],
-            lr=settings.learning_rate,
-            weight_decay=settings.weight_decay,
-        )
+        groups = [{"params": [model.codes], "rate": settings.learning_rate}]
+        if model.predictor is not None:
+            rate = settings.predictor_learning_rate or settings.learning_rate / model.predictor.linear.in_features
+            groups.append({"params": list(model.predictor.parameters()), "rate": rate})
+        optimizer = torch.optim.AdamW(groups, lr=settings.learning_rate, weight_decay=settings.weight_decay)
         self.wrapped, self.optimizer = accelerator.prepare(model, optimizer)
         predictor = [] if model.predictor is None else list(model.predictor.parameters())
         self._parts = [part for part in ([model.codes], predictor) if part]
@@ -97,7 +97,7 @@ class RouterTraining:
         if step == settings.warmup_steps and settings.experts > 1 and self.embeddings is not None:
             self.begin_codes()
         for group in self.optimizer.param_groups:
-            group["lr"] = settings.learning_rate_at(step)
+            group["lr"] = settings.warmed(group["rate"], step)
         loss, record = self._loss(step)
         if wrong := [name for name, value in record["terms"].items() if not torch.isfinite(torch.tensor(value))]:
             raise GenpruneError(

@@ -16,7 +16,7 @@ from torch import Tensor
 from scripts.ecodiff.bases import DRAW_ROWS, Base, bases, latents_of, pictures_of
 from scripts.ecodiff.figures import TEST_SEED, Dense, Judge
 
-from .candidates import BUDGETS, CANDIDATES, Candidate
+from .candidates import BUDGETS, CANDIDATES, FINETUNE, Candidate
 from .difficulty import difficulty_of
 from .measures import control_rows, prompt_map, retrieval
 from .routers import Routers
@@ -44,7 +44,6 @@ def judge_base(base: Base, judge: Judge, arguments: argparse.Namespace) -> dict[
         arguments.encoder,
         arguments.samples,
         arguments.train_steps,
-        arguments.finetune_share,
     )
     dense = _dense(base, pipe, judge, arguments.work / base.name)
     rows: dict[str, Any] = {
@@ -57,10 +56,10 @@ def judge_base(base: Base, judge: Judge, arguments: argparse.Namespace) -> dict[
         for keep, candidate in wanted:
             began = time.perf_counter()
             router = routers.trained(candidate, keep)
-            if stage in ("finetune", "draw") and arguments.finetune_share:
+            if stage in ("finetune", "draw"):
                 tuned = routers.finetuned(candidate, keep, router)
             if stage == "draw":
-                points = {"0": router} | ({f"{arguments.finetune_share:g}": tuned} if arguments.finetune_share else {})
+                points = {"0": router, f"{FINETUNE[keep]:g}": tuned}
                 row = rows.setdefault(f"{keep:g}", {})
                 row[candidate.label] = _row(base, pipe, judge, dense, routers, candidate, keep, points, arguments.work)
             seconds = time.perf_counter() - began

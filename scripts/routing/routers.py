@@ -22,7 +22,7 @@ from scripts.ecodiff.plans import Planner as UnitPlanner
 from scripts.layers.plans import Planner as LayerPlanner
 from scripts.layers.recovering import BATCH, SEEN, recovery_data
 
-from .candidates import Candidate
+from .candidates import FINETUNE, Candidate
 
 SHUFFLE_SEED = 17
 
@@ -35,18 +35,16 @@ class Routers:
             used where they are there, and made where they are not.
         encoder: folder of a sentence encoder.
         samples: train scenes that routers and experts are trained on.
-        steps: of a router's training. share: of the base's own samples that fine-tuning sees, all experts together.
+        steps: of a router's training.
     """
 
     def __init__(
-        self, base: Base, pipe, work: Path, ecodiff: Path, layers: Path, encoder: str, samples: int, steps: int,
-        share: float,
-    ) -> None:  # fmt: skip
+        self, base: Base, pipe, work: Path, ecodiff: Path, layers: Path, encoder: str, samples: int, steps: int
+    ) -> None:
         self.base, self.pipe, self.work, self.encoder, self.steps = base, pipe, work / base.name, encoder, steps
         self.units = UnitPlanner(base, pipe, ecodiff, 150, 256)
         self.layers = LayerPlanner(base, pipe, layers / base.name, 64, 16, 100)
         self.pictures, self.captions = recovery_data(base, samples)
-        self.finetune_steps = max(1, round(share * SEEN[base.name] / BATCH))
         self.options = {name: value for name, value in base.options.items() if name != "guidance_scale"}
         self.options["num_inference_steps"] = base.steps
 
@@ -118,7 +116,7 @@ class Routers:
         if shared.is_dir() and not (folder / "teacher_data").exists():
             (folder / "teacher_data").symlink_to(shared.resolve())
         method = gp.NormalizedDistillation(
-            steps=self.finetune_steps,
+            steps=max(1, round(FINETUNE[keep] * SEEN[self.base.name] / BATCH)),
             batch_size=BATCH,
             learning_rate=3e-4,
             warmup_steps=5,

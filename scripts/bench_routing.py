@@ -23,7 +23,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch  # noqa: E402
 
 PARTS = ("serving", "memory", "quality")
-PLACES = ("encoder", "work", "out", "docs")
+PLACES = ("encoder", "out", "docs")
+STAGES = ("train", "finetune", "draw")
 PAGE = "routing-compared.md"
 
 
@@ -81,11 +82,24 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--quick", action="store_true", help="16 prompts, few steps and rounds")
     parser.add_argument("--encoder", help="folder of a sentence encoder; default: the pipeline's own text encoder")
-    parser.add_argument("--work", type=Path, default=Path("runs/routing"), help="what quality keeps")
+    quality = parser.add_argument_group("quality").add_argument
+    quality("--work", type=Path, default=Path("runs/routing"), help="routers, experts and drawn pictures")
+    quality("--ecodiff_work", type=Path, default=Path("runs/ecodiff"), help="work folder of scripts/bench_ecodiff.py")
+    quality("--layers_work", type=Path, default=Path("runs/layers"), help="work folder of scripts/bench_layers.py")
+    quality("--base", choices=("unet", "mmdit"), action="append", help="only these bases; another call does the rest")
+    quality("--budgets", type=float, nargs="+", help="only these shares of the MACs")
+    quality("--only", nargs="+", help="only these candidates, such as 8-experts")
+    quality("--train_steps", type=int, default=150, help="of each router")
+    quality("--samples", type=int, default=2048, help="train scenes that routers and experts are trained on")
+    quality("--num_prompts", type=int, default=96, help="test captions that are drawn and graded")
+    quality("--stages", nargs="+", choices=STAGES, default=STAGES, help="what is done before comes from --work")
     parser.add_argument("--out", type=Path, help="JSON to write or to add to; default: print it")
     parser.add_argument("--docs", type=Path, help="docs folder whose page is written")
     parser.add_argument("--threads", type=int, help="CPU threads; default: torch's own number")
-    return parser.parse_args(argv)
+    arguments = parser.parse_args(argv)
+    if "quality" in arguments.parts and not arguments.encoder:
+        parser.error("quality needs --encoder FOLDER, a sentence encoder's folder")
+    return arguments
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -106,10 +120,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     if arguments.out is None:
         print(json.dumps(result, indent=1, ensure_ascii=False))
     if arguments.docs is not None:
-        from scripts.routing.page import write_serving
+        from scripts.routing.page import write_quality, write_serving
         from scripts.routing.serving import serving_lines
 
-        write_serving(arguments.docs / PAGE, serving_lines(result["parts"]))
+        if {"serving", "memory"} & result["parts"].keys():
+            write_serving(arguments.docs / PAGE, serving_lines(result["parts"]))
+        if "quality" in result["parts"]:
+            write_quality(arguments.docs / PAGE, result["parts"]["quality"]["found"])
 
 
 if __name__ == "__main__":

@@ -21,8 +21,6 @@ from .difficulty import difficulty_of
 from .measures import control_rows, prompt_map, retrieval
 from .routers import Routers
 
-STAGES = ("train", "finetune", "draw")
-
 
 def quality(arguments: argparse.Namespace) -> dict[str, Any]:
     """All bases and budgets; stages that are done are read from disk."""

@@ -75,6 +75,7 @@ def measure(kind: str, folder: Path) -> dict[str, int]:
         store = (ReorderedStore if kind == "reordered" else MaterialisedStore)(pipe.unet, [Expert(p) for p in plans])
     for index, prompt in enumerate(prompts):
         if kind != "dense":
+            pipe.__dict__["unet"] = store.model  # nothing holds a copy that the store lets go
             pipe.__dict__["unet"] = store.activate(index % len(plans))
         pipe(prompt, **options)
     peak = peak_rss_bytes()

@@ -53,15 +53,20 @@ def judge_base(base: Base, judge: Judge, arguments: argparse.Namespace) -> dict[
     for stage in arguments.stages:
         for keep, candidate in wanted:
             began = time.perf_counter()
-            router = routers.trained(candidate, keep)
-            if stage in ("finetune", "draw"):
-                tuned = routers.finetuned(candidate, keep, router)
-            if stage == "draw":
-                points = {"0": router, f"{FINETUNE[keep]:g}": tuned}
-                row = rows.setdefault(f"{keep:g}", {})
-                row[candidate.label] = _row(base, pipe, judge, dense, routers, candidate, keep, points, arguments.work)
-            seconds = time.perf_counter() - began
-            print(f"{base.name} {keep:g} {candidate.label}: {stage}, {seconds:.0f} s", file=sys.stderr, flush=True)
+            file = arguments.work / base.name / f"rows-{judge.count}" / f"{candidate.slug}@{keep:g}.json"
+            if not file.is_file():
+                router = routers.trained(candidate, keep)
+                if stage in ("finetune", "draw"):
+                    tuned = routers.finetuned(candidate, keep, router)
+                if stage == "draw":
+                    points = {"0": router, f"{FINETUNE[keep]:g}": tuned}
+                    row = _row(base, pipe, judge, dense, routers, candidate, keep, points, arguments.work)
+                    file.parent.mkdir(parents=True, exist_ok=True)
+                    file.write_text(json.dumps(row) + "\n")
+                seconds = time.perf_counter() - began
+                print(f"{base.name} {keep:g} {candidate.label}: {stage}, {seconds:.0f} s", file=sys.stderr, flush=True)
+            if file.is_file():
+                rows.setdefault(f"{keep:g}", {})[candidate.label] = json.loads(file.read_text())
     return rows
 
 
@@ -172,9 +177,3 @@ def _by_expert(right: Tensor, routes: list[int], experts: int) -> list[dict | No
         {"prompts": int((place == k).sum()), "all_right": float(right[place == k].mean())} if k in routes else None
         for k in range(experts)
     ]
-
-
-def write_rows(file: Path, rows: dict[str, Any]) -> None:
-    """Keep what was found."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(rows, indent=1) + "\n")

@@ -44,7 +44,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--output_dir", required=True, type=Path)
     add("--experts", type=int, metavar="K", help="how many [8]")
     add("--keep", type=float, help="share that stays on average over the training prompts [0.7]")
-    add("--of", choices=("macs", "params"), help="what --keep is a share of [macs]")
+    add("--of", choices=("macs", "params", "latency"), help="what --keep is a share of [macs]; latency is measured")
     add("--route_by", choices=("prompt", "timestep"), help="what chooses an expert [prompt]")
     add("--kinds", nargs="+", help="kinds of sites that narrow [all that the model has]")
     add("--encoder", help="sentence-transformers folder or hub id [the pipeline's own pooled text embedding]")

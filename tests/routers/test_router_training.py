@@ -210,6 +210,17 @@ def test_flow_matching_trains_and_refuses_min_snr(flux):
         train(flux, QUICK.changed(min_snr_gamma=5.0), pipeline_options=options)
 
 
+@pytest.mark.parametrize("name", ["sd3", "pixart_sigma"])
+def test_other_transformers_train(name, tmp_path):
+    """Pipelines of another text encoder each; the pooled text is what they have."""
+    pipe = getattr(tiny_pipelines, f"{name}_pipeline")(tmp_path)
+    options = {"max_sequence_length": 8, "num_inference_steps": 2}
+    options |= SIZE if name == "sd3" else {"use_resolution_binning": False, **SIZE}
+    data = None  # drawn: the layouts of their latents differ
+    router = train(pipe, QUICK.changed(steps=2, experts=2), data=data, pipeline_options=options)
+    assert len(router.experts) == 2 and len(router.route(["a cat"]).experts) == 1
+
+
 def test_gradient_checkpointing_changes_nothing(pipe, finished):
     router = train(pipe, QUICK.changed(gradient_checkpointing=True))
     assert [e.plan.keep.keys() for e in router.experts] == [e.plan.keep.keys() for e in finished[0].experts]

@@ -118,14 +118,16 @@ def test_pictures_are_those_of_the_experts_whatever_the_batch(folder, tmp_path):
     genprune(*given[1:], folder / "router", "--base", folder / "dense", "--draw", tmp_path / "base")
     routed = gp.load_pipeline(folder / "routed")
     routed.set_progress_bar_config(disable=True)
-    expert = routed.router.route(WORDS[:1]).experts[0]
-    alone = routed.expert_pipeline(expert)
-    generator = torch.Generator().manual_seed(5)
-    picture = alone(WORDS[0], num_inference_steps=1, height=16, width=16, generator=generator).images[0]
-    for name in ("one", "three", "base"):
-        assert len(list((tmp_path / name).iterdir())) == 8
-        found = np.asarray(Image.open(tmp_path / name / "0000.png")).astype(int)
-        assert abs(found - np.asarray(picture).astype(int)).max() <= 1  # another batch size rounds otherwise
+    experts = routed.router.route(WORDS).experts
+    for expert in (0, 1):
+        row = experts.index(expert)
+        generator = torch.Generator().manual_seed(5 + row)
+        call = {"num_inference_steps": 1, "height": 16, "width": 16, "generator": generator}
+        picture = routed.expert_pipeline(expert)(WORDS[row], **call).images[0]
+        for name in ("one", "three", "base"):
+            assert len(list((tmp_path / name).iterdir())) == 8
+            found = np.asarray(Image.open(tmp_path / name / f"{row:04}.png")).astype(int)
+            assert abs(found - np.asarray(picture).astype(int)).max() <= 1  # another batch size rounds otherwise
     _, error = genprune(*given, "--draw", tmp_path / "one", code=2)
     assert "exists; expected a new folder for pictures" in error
 

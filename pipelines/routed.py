@@ -179,6 +179,7 @@ class RoutedPipeline:
 
     def _draw_group(self, number: int, members: list[int], rows: Rows) -> Any:
         with self._running(number, members, rows.texts):
+            self._pipe.__dict__[self._slot] = self.store.model  # nothing holds a copy that the store lets go
             self._pipe.__dict__[self._slot] = self.store.activate(number)
             return self._pipe(**rows.of(members))
 

@@ -44,8 +44,14 @@ def sd():
     return dense("sd")
 
 
-@pytest.mark.parametrize("store_of", STORES)
-@pytest.mark.parametrize("host", [*DIFFUSERS_HOSTS, "vit"])
+@pytest.mark.parametrize(
+    ("host", "store_of"),
+    [
+        *((host, ReorderedStore) for host in (*DIFFUSERS_HOSTS, "vit")),
+        ("sd", MaterialisedStore),
+        ("flux", MaterialisedStore),
+    ],
+)
 def test_every_expert_equals_a_real_cut_in_any_order(host, store_of):
     model = dense(host)
     experts = experts_for(model)
@@ -209,18 +215,21 @@ def test_the_model_moves_between_switches(sd, store_of):
     same_bits(small, state_of(expected))
 
 
-def test_a_copy_is_its_own(sd):
+@pytest.mark.parametrize("host", ["sd", "sd3"])  # the second has buffers
+def test_a_copy_is_its_own(host):
+    model = dense(host)
+    before, cuts = state_of(model), [state_of(gp.cut(copy.deepcopy(model), plan_for(model, seed))) for seed in (0, 1)]
     for store_of in STORES:
-        store = store_of(copy.deepcopy(sd), experts_for(sd))
+        store = store_of(model, experts_for(model))
         active = store.activate(0)
         own = store.copy(1)
         assert store.active == 0
-        same_bits(own, state_of(gp.cut(copy.deepcopy(sd), plan_for(sd, 1))))
+        same_bits(own, cuts[1])
         with torch.no_grad():
             for tensor in (*own.parameters(), *own.buffers()):
                 tensor.zero_()
-        same_bits(active, state_of(gp.cut(copy.deepcopy(sd), plan_for(sd, 0))))
-        same_bits(store.dense(), state_of(sd))
+        same_bits(active, cuts[0])
+        same_bits(store.dense(), before)
 
 
 def test_an_interrupt_waits_and_a_failure_leaves_whole_layers(sd, monkeypatch):

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
-# kept MACs -> samples of the fine-tuning, all experts together, as a share of those that the base was trained on
-FINETUNE = {0.75: 0.01, 0.5: 0.05}
-BUDGETS = tuple(FINETUNE)
+BUDGETS = (0.75, 0.5)
+# base -> kept MACs -> samples of the fine-tuning, all experts together, as a share of what the base was trained on
+FINETUNE = {"unet": {0.75: 0.01, 0.5: 0.05}, "mmdit": {0.75: 0.01, 0.5: 0.02}}
 
 
 @dataclass(frozen=True)

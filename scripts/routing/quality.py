@@ -59,7 +59,7 @@ def judge_base(base: Base, judge: Judge, arguments: argparse.Namespace) -> dict[
                 if stage in ("finetune", "draw"):
                     tuned = routers.finetuned(candidate, keep, router)
                 if stage == "draw":
-                    points = {"0": router, f"{FINETUNE[keep]:g}": tuned}
+                    points = {"0": router, f"{FINETUNE[base.name][keep]:g}": tuned}
                     row = _row(base, pipe, judge, dense, routers, candidate, keep, points, arguments.work)
                     file.parent.mkdir(parents=True, exist_ok=True)
                     file.write_text(json.dumps(row) + "\n")

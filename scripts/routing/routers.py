@@ -116,7 +116,7 @@ class Routers:
         if shared.is_dir() and not (folder / "teacher_data").exists():
             (folder / "teacher_data").symlink_to(shared.resolve())
         method = gp.NormalizedDistillation(
-            steps=max(1, round(FINETUNE[keep] * SEEN[self.base.name] / BATCH)),
+            steps=max(1, round(FINETUNE[self.base.name][keep] * SEEN[self.base.name] / BATCH)),
             batch_size=BATCH,
             learning_rate=3e-4,
             warmup_steps=5,

@@ -106,6 +106,8 @@ class RouterTraining:
             )
         self.optimizer.zero_grad(set_to_none=True)
         self.accelerator.backward(loss)
+        for part in self._idle(step):
+            part.grad = None  # zeros that moments shall not count
         # apart: the contrastive term moves the predictor far more than any term moves the codes
         record["gradient_norms"] = [
             float(self.accelerator.clip_grad_norm_(part, settings.max_grad_norm)) for part in self._parts
@@ -152,6 +154,8 @@ class RouterTraining:
             if settings.commitment_weight and chosen is not None:
                 terms["commitment"] = commitment_loss(features, space.features(codes)[chosen])
         loss = sum(getattr(settings, f"{name}_weight") * value.float() for name, value in terms.items())
+        # data parallelism waits for a gradient of every parameter, also of those that this step does not move
+        loss = loss + 0 * sum(values.sum() for values in (predicted, codes) if values is not None)
         return loss, self._record(step, loss, terms, kept, place, chosen, own, codes)
 
     def _chosen(
@@ -168,11 +172,20 @@ class RouterTraining:
             return None, None
         return assignment.balanced(self.space, predicted, codes, settings, self.accelerator)
 
+    def _idle(self, step: int) -> list[nn.Parameter]:
+        """Parameters that a step does not move: codes in the warm-up, the predictor where there is one code."""
+        if self.settings.experts == 1 and self.model.predictor is not None:
+            return list(self.model.predictor.parameters())
+        return [self.model.codes] if step < self.settings.warmup_steps else []
+
     def _noise(self, step: int, logits: Tensor, shared: bool) -> Tensor:
-        """Gumbel draws; those of a code are the same for all its rows and on all processes."""
-        rank = 0 if shared else 1 + self.accelerator.process_index
-        seed = ((self.settings.seed * _PRIME + step) * _PRIME + rank) % 2**63
-        return relaxation.gumbel(tuple(logits.shape), torch.Generator().manual_seed(seed)).to(logits.device)
+        """Gumbel draws; those of a code are the same for all its rows and on all processes, of a row its own."""
+        count, length = logits.shape
+        seed = ((self.settings.seed * _PRIME + step) * _PRIME + (not shared)) % 2**63
+        generator, processes = torch.Generator().manual_seed(seed), 1 if shared else self.accelerator.num_processes
+        everyone = relaxation.gumbel((processes * count, length), generator)  # as one process would draw them
+        first = 0 if shared else self.accelerator.process_index * count
+        return everyone[first : first + count].to(logits.device)
 
     def _prunable(self, share: Tensor) -> Tensor:
         """r: of what can go, the share that stays."""

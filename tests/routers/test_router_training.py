@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import tiny_pipelines
@@ -160,6 +165,41 @@ def test_codes_learn_from_all_that_the_denoiser_says(pipe, name):
 def test_the_predictor_learns_from_contrast_and_commitment(pipe, name):
     codes, predictor = gradients(pipe, **{name: 1.0})
     assert codes == 0 and predictor > 0
+
+
+_ONE_OF_TWO = """
+import sys
+sys.path[:0] = [{tests!r}, {here!r}]
+from pathlib import Path
+from accelerate import Accelerator
+from test_router_training import QUICK, tiny_pipelines, train
+folder = Path({folder!r}) / str(Accelerator(cpu=True).process_index)
+folder.mkdir()
+settings = QUICK.changed(batch_size=2, steps=4, warmup=0.5)
+for experts in (3, 1):
+    train(
+        tiny_pipelines.sd_pipeline(folder),
+        settings.changed(experts=experts),
+        output_dir=Path({folder!r}) / f"of-{{experts}}",
+        accelerator=Accelerator(cpu=True),
+    )
+"""
+
+
+def test_two_processes_are_one_of_twice_the_batch_in_the_warm_up_as_well(pipe, tmp_path):
+    # a plain accelerator, whose data parallelism stops where a parameter gets no gradient
+    here = Path(__file__).parent
+    (tmp_path / "two.py").write_text(_ONE_OF_TWO.format(tests=str(here.parent), here=str(here), folder=str(tmp_path)))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*launch, str(tmp_path / "two.py")], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for experts in (3, 1):
+        train(pipe, QUICK.changed(steps=4, warmup=0.5, experts=experts), output_dir=tmp_path / "one")
+        for one, both in zip(curve_of(tmp_path / "one")[:2], curve_of(tmp_path / f"of-{experts}")[:2], strict=True):
+            assert one["kept"] == pytest.approx(both["kept"], rel=1e-3)
+            assert one["gradient_norms"] == pytest.approx(both["gradient_norms"], rel=1e-3)
+        shutil.rmtree(tmp_path / "one")
 
 
 def test_one_expert_is_a_static_plan(pipe):

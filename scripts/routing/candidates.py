@@ -18,7 +18,7 @@ class Candidate:
         source: `ecodiff` or `laptop`: a static plan of that method; `router`: trained here.
         route_by: `prompt` or `timestep`, of a router.
         experts: K.
-        start: what a router begins around: `ecodiff` (its scores) or `dense` (as published).
+        changes: of the settings that the other routers have, by name.
         random: whether prompts go to experts drawn at random, as many to each as the router sends there.
     """
 
@@ -26,7 +26,7 @@ class Candidate:
     source: str = "router"
     route_by: str = "prompt"
     experts: int = 1
-    start: str = "ecodiff"
+    changes: tuple[tuple[str, float], ...] = ()
     random: bool = False
 
     @property
@@ -36,19 +36,25 @@ class Candidate:
     @property
     def router_slug(self) -> str:
         """Of the router that it uses, which random routing shares."""
-        return f"{self.route_by}-{self.experts}-{self.start}" if self.source == "router" else self.source
+        if self.source != "router":
+            return self.source
+        return self.slug if self.changes else f"{self.route_by}-{self.experts}-ecodiff"
 
     def to_json(self) -> dict:
         return asdict(self)
 
 
+# a predictor that sets out with the published spread, and budgets pushed apart
+FAR_APART_AT = (0.75,)
+APART = (("predictor_scale", 1.0), ("predictor_learning_rate", 1e-3), ("spread_weight", 1.0))
 CANDIDATES = (
     Candidate("EcoDiff", source="ecodiff"),
     Candidate("LAPTOP-Diff", source="laptop"),
     Candidate("1 expert"),
-    Candidate("4 experts", experts=4),
     Candidate("8 experts", experts=8),
     Candidate("8 experts, random routing", experts=8, random=True),
     Candidate("4 experts by noise level", route_by="timestep", experts=4),
-    Candidate("8 experts, published start", experts=8, start="dense"),
+    Candidate("8 experts, far apart", experts=8, changes=APART),
+    Candidate("8 experts, far apart, random routing", experts=8, changes=APART, random=True),
+    Candidate("4 experts", experts=4),
 )

@@ -16,7 +16,7 @@ from torch import Tensor
 from scripts.ecodiff.bases import DRAW_ROWS, Base, bases, latents_of, pictures_of
 from scripts.ecodiff.figures import TEST_SEED, Dense, Judge
 
-from .candidates import BUDGETS, CANDIDATES, FINETUNE, Candidate
+from .candidates import BUDGETS, CANDIDATES, FAR_APART_AT, FINETUNE, Candidate
 from .difficulty import difficulty_of
 from .measures import control_rows, prompt_map, retrieval
 from .routers import Routers
@@ -50,8 +50,8 @@ def judge_base(base: Base, judge: Judge, arguments: argparse.Namespace) -> dict[
     }
     budgets = arguments.budgets or BUDGETS
     wanted = [(keep, each) for keep in budgets for each in CANDIDATES if _is_wanted(each, keep, arguments)]
-    for stage in arguments.stages:
-        for keep, candidate in wanted:
+    for keep, candidate in wanted:
+        for stage in arguments.stages:
             began = time.perf_counter()
             file = arguments.work / base.name / f"rows-{judge.count}" / f"{candidate.slug}@{keep:g}.json"
             if not file.is_file():
@@ -73,7 +73,7 @@ def judge_base(base: Base, judge: Judge, arguments: argparse.Namespace) -> dict[
 def _is_wanted(candidate: Candidate, keep: float, arguments: argparse.Namespace) -> bool:
     if arguments.only and candidate.slug not in arguments.only:
         return False
-    return candidate.start == "ecodiff" or keep == BUDGETS[0]  # as published: at the larger budget alone
+    return not candidate.changes or keep in FAR_APART_AT
 
 
 def _row(

@@ -59,7 +59,7 @@ class Routers:
             learning_rate=0.02,
             lr_warmup_steps=5,
             mixed_precision="bf16",
-        )
+        ).changed(**dict(candidate.changes))
 
     def trained(self, candidate: Candidate, keep: float) -> Any:
         """The router of a candidate with plain cuts; a static plan is a router of one interval of noise levels."""
@@ -72,7 +72,7 @@ class Routers:
                 self.settings(candidate, keep),
                 prompts=self.captions,
                 data=self.pictures,
-                scores=self.units.scores("ecodiff") if candidate.start == "ecodiff" else None,
+                scores=self.units.scores("ecodiff"),
                 encoder=self.encoder,
                 operating_point=OperatingPoint(**self.base.point),
                 pipeline_options=self.options,

@@ -83,7 +83,7 @@ def rows_of(arguments: Mapping[str, Any]) -> Rows:
             rows.by_prompt[name] = _checked(name, given, prompts, "prompt")
         elif _ENCODED.fullmatch(name) or name in _ENCODED_NAMES:
             rows.by_prompt[name] = _checked(name, value, prompts, "prompt")
-        elif name in _IMAGES and _entries(value) not in (None, 1):
+        elif name in _IMAGES and _pictures(name, value) not in (None, 1):
             rows.by_prompt[name] = _checked(name, value, prompts, "prompt")
         else:
             rows.shared[name] = value
@@ -118,6 +118,16 @@ def _entries(value: Any) -> int | None:
     if isinstance(value, (Tensor, np.ndarray)) and value.ndim > 1:
         return int(value.shape[0])
     return None
+
+
+def _pictures(name: str, value: Any) -> int | None:
+    """Number of pictures; None for one: a tensor (C, H, W) or an array (H, W, C) has no axis of pictures.
+
+    A mask of three dimensions is a batch, as diffusers takes it: (N, H, W).
+    """
+    least = 3 if name == "mask_image" else 4
+    one = isinstance(value, (Tensor, np.ndarray)) and value.ndim < least
+    return None if one else _entries(value)
 
 
 def _checked(name: str, value: Any, expected: int, what: str) -> Any:

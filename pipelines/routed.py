@@ -115,7 +115,8 @@ class RoutedPipeline:
         their prompts; all others are for every group. A text that is given once is for every prompt. One generator
         for several pictures seeds one for each of them, in order, so that a picture does not depend on the routes
         of the others; a generator for one picture is used as it is. Without a generator pictures come from torch's
-        global state, in the order of the groups.
+        global state, in the order of the groups. An interrupt (`routed._interrupt = True`) ends the running group as
+        it ends a stock call, and each later group after its first step.
 
         Args:
             prompt: one text or several. None where `prompt_embeds` and `expert` are given.
@@ -139,7 +140,11 @@ class RoutedPipeline:
         groups: dict[int, list[int]] = {}
         for index in sorted(range(rows.prompts), key=lambda row: experts[row]):
             groups.setdefault(experts[index], []).append(index)
-        outputs = [self._draw_group(number, members, rows) for number, members in groups.items()]
+        outputs: list[Any] = []
+        for number, members in groups.items():
+            # a stock call begins by forgetting the interrupt of the one before
+            stop = bool(outputs) and getattr(self._pipe, "_interrupt", False)
+            outputs.append(self._draw_group(number, members, rows, stop))
         self._statistics.update(routes, runs=rows.pictures)
         return joined_outputs(outputs, [rows.pictures_of(members) for members in groups.values()])
 
@@ -177,11 +182,14 @@ class RoutedPipeline:
             )
         return tuple(chosen)
 
-    def _draw_group(self, number: int, members: list[int], rows: Rows) -> Any:
+    def _draw_group(self, number: int, members: list[int], rows: Rows, stop: bool) -> Any:
         with self._running(number, members, rows.texts):
             self._pipe.__dict__[self._slot] = self.store.model  # nothing holds a copy that the store lets go
             self._pipe.__dict__[self._slot] = self.store.activate(number)
-            return self._pipe(**rows.of(members))
+            given = rows.of(members)
+            if stop:
+                given["callback_on_step_end"] = _interrupt
+            return self._pipe(**given)
 
     def _draw_by_steps(self, given: dict[str, Any], expert: Any) -> Any:
         if expert is not None:
@@ -345,6 +353,12 @@ def _statistics(router: Any) -> RouteStatistics:
     if router.kind == "prompt":
         return RouteStatistics.of(router)
     return RouteStatistics(router.shares, [0.0] * len(router.experts), router.target)  # no drift: steps, not prompts
+
+
+def _interrupt(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+    """Callback of a group whose call was interrupted before it began."""
+    pipe._interrupt = True
+    return {}
 
 
 def _refuse(name: str, *args: Any, **kwargs: Any) -> None:

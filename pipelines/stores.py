@@ -27,6 +27,8 @@ from genprune.pipelines.skeletons import cut_copy, skeleton_of
 from genprune.routers.experts import Expert
 from genprune.saving import check_adoptable
 
+_DENSE = -1  # in place of an expert's number
+
 
 class ExpertStore:
     """K experts of one dense model, of which one runs at a time.
@@ -177,9 +179,9 @@ class ReorderedStore(ExpertStore):
         self._packed = self._sliced()
         self._taken = False
         self._extra: list[Any] = []  # handles of the LoRA hooks of the active expert
-        self._idle: dict[int, Any] = {}  # id of a model -> handles that refuse its use
-        for skeleton in self._skeletons:
-            self._retire(skeleton.model)
+        self._idle: dict[int, Any] = {}  # expert, or _DENSE -> handles that refuse its model's use
+        for number in range(len(self._skeletons)):
+            self._retire(number)
 
     def _sliced(self) -> dict[str, PackedParameter]:
         """Every parameter that some expert narrows, by its full name."""
@@ -211,7 +213,7 @@ class ReorderedStore(ExpertStore):
             if not self._taken:
                 self._take()
             self._link(expert, own)
-            self._employ(self._skeletons[expert].model)
+            self._employ(expert)
             self.active = expert
             self.switches += 1
         return self._skeletons[expert].model
@@ -222,7 +224,7 @@ class ReorderedStore(ExpertStore):
             for packed in self._packed.values():
                 packed.give_back()
             self._taken = False
-            self._employ(self.model)
+            self._employ(_DENSE)
         return self.model
 
     def copy(self, expert: int) -> nn.Module:
@@ -244,12 +246,12 @@ class ReorderedStore(ExpertStore):
         while self._extra:
             self._extra.pop().remove()
         if self.active is not None:
+            self._retire(self.active)
             skeleton, self.active = self._skeletons[self.active], None
-            self._retire(skeleton.model)
             skeleton.empty_()
 
     def _take(self) -> None:
-        self._retire(self.model)
+        self._retire(_DENSE)
         for packed in self._packed.values():
             packed.take()
         self._taken = True
@@ -281,16 +283,17 @@ class ReorderedStore(ExpertStore):
             skeleton.empty_()
             raise
 
-    def _retire(self, model: nn.Module) -> None:
+    def _retire(self, place: int) -> None:
         """Have a model without weights say so, rather than fail inside a layer."""
-        if id(model) not in self._idle:
-            self._idle[id(model)] = (
+        if place not in self._idle:
+            model = self.model if place == _DENSE else self._skeletons[place].model
+            self._idle[place] = (
                 model.register_forward_pre_hook(refuse_idle),
                 model.register_state_dict_pre_hook(refuse_idle),
             )
 
-    def _employ(self, model: nn.Module) -> None:
-        for handle in self._idle.pop(id(model), ()):
+    def _employ(self, place: int) -> None:
+        for handle in self._idle.pop(place, ()):
             handle.remove()
 
 

@@ -100,6 +100,12 @@ def test_images_by_prompt_or_one_for_all():
     assert found["mask_image"] is pictures[0]
     assert torch.equal(rows_of({"prompt": ["a", "b"], "image": batch[:1]}).of([1])["image"], batch[:1])
     assert np.array_equal(rows_of({"prompt": ["a", "b"], "image": batch.numpy()}).of([1])["image"], batch[1:].numpy())
+    # one picture, whose channels or rows are no pictures
+    for one in (torch.rand(3, 4, 4), np.zeros((3, 4, 3)), np.zeros((3, 4))):
+        assert rows_of({"prompt": ["a", "b", "c"], "image": one}).of([1])["image"] is one
+        assert rows_of({"prompt": "a", "image": one}).of([0])["image"] is one
+    masks = torch.rand(2, 4, 4)
+    assert torch.equal(rows_of({"prompt": ["a", "b"], "mask_image": masks}).of([1])["mask_image"], masks[1:])
     with pytest.raises(gp.GenpruneError, match="image has 3 entries; expected 2"):
         rows_of({"prompt": ["a", "b"], "image": [*pictures, pictures[0]]})
 

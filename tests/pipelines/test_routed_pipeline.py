@@ -144,6 +144,42 @@ def test_callbacks_know_their_prompts_and_the_progress_bar_its_expert(routed, ca
     assert routed._progress_bar_config == {"desc": "drawing"}
 
 
+def test_an_interrupt_ends_the_whole_call(routed):
+    seen = []
+
+    def once(pipe, step, timestep, tensors):
+        seen.append((routed.active_rows, step))
+        if len(seen) == 1:
+            routed._interrupt = True  # as a stop button does
+        return tensors
+
+    given = {**LATENT, "num_inference_steps": 4}
+    found = routed(WORDS[:3], expert=[0, 1, 2], generator=seeded(0, 1, 2), callback_on_step_end=once, **given).images
+    assert seen == [((0,), 0)]
+    for index in range(3):
+        (stopped,) = routed(
+            [WORDS[index]], expert=index, generator=seeded(index), callback_on_step_end=_stop, **given
+        )[0]
+        assert torch.equal(found[index], stopped)
+    whole = routed(WORDS[:3], expert=[0, 1, 2], generator=seeded(0, 1, 2), **given).images  # nothing of it is left
+    assert not torch.allclose(whole, found, atol=1e-2)
+
+
+def _stop(pipe, step, timestep, tensors):
+    pipe._interrupt = True
+    return tensors
+
+
+def test_a_deep_copy_draws_the_same(routed):
+    given = {"expert": [0, 1], **LATENT}
+    drawn = routed(WORDS[:2], generator=seeded(0, 1), **given).images
+    twin = copy.deepcopy(routed)
+    assert torch.equal(twin(WORDS[:2], generator=seeded(0, 1), **given).images, drawn)
+    assert torch.equal(routed(WORDS[:2], generator=seeded(0, 1), **given).images, drawn)
+    state = twin.unwrapped.unet.state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in routed.unwrapped.unet.state_dict().items())
+
+
 def test_an_unknown_argument_is_the_stock_error_and_nothing_runs(tmp_path):
     pipe, router = routed_parts(flux_pipeline, tmp_path)
     routed = RoutedPipeline(pipe, router)

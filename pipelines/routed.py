@@ -172,7 +172,9 @@ class RoutedPipeline:
                 )
             policy = {"unfamiliar": self.settings.unfamiliar, "capacity": self.settings.capacity}
             return self.router.route(rows.texts, **policy)
-        chosen = list(expert) if isinstance(expert, (list, tuple)) else [expert] * rows.prompts
+        given = expert.tolist() if hasattr(expert, "tolist") else expert  # numbers, arrays and tensors of others
+        chosen = list(given) if isinstance(given, (list, tuple)) else [given] * rows.prompts
+        chosen = [each.item() if hasattr(each, "item") else each for each in chosen]
         count = len(self.router.experts)
         wrong = [e for e in chosen if isinstance(e, bool) or not isinstance(e, int) or not 0 <= e < count]
         if wrong or len(chosen) != rows.prompts:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from genprune.cutting import cut
-from genprune.errors import GenpruneError, UnsupportedModel
+from genprune.errors import GenpruneError, UnsupportedModel, nearest
 from genprune.families import denoiser, denoiser_slot
 from genprune.methods import Method
 from genprune.pipelines.loading import load_pipeline
@@ -94,26 +95,38 @@ def _check_how(how: Any) -> None:
         )
 
 
-def route_pipeline(base: Any, router: Any, **settings: Any) -> Any:
+def route_pipeline(base: Any, router: Any, *, encoder: Any = None, **settings: Any) -> Any:
     """A pipeline that draws every prompt with the expert that a router chooses for it.
 
     Args:
         base: the dense pipeline that the router was trained for, its folder or hub id.
         router: a `PromptRouter` or `TimestepRouter`, or the folder of one.
-        **settings: of `RoutedPipeline`, such as `store="materialised"`.
+        encoder: the sentence encoder of a router's folder, where it is not where the router's file says.
+        **settings: of `RoutedPipeline`, such as `store="materialised"`; the others are of `gp.load_pipeline`, such as
+            `torch_dtype`, where `base` is a folder or a hub id.
 
     Returns:
         A `RoutedPipeline`: called like the stock pipeline, which it stands around.
 
     Raises:
         PlanMismatch: the router is for another base, or its folder is damaged.
+        GenpruneError: a setting that is none, or arguments of loading beside a pipeline.
     """
     from genprune.pipelines.routed import RoutedPipeline
     from genprune.routers.router_format import load_router
 
-    pipe = load_pipeline(base) if isinstance(base, (str, os.PathLike)) else base
+    known = list(inspect.signature(RoutedPipeline.__init__).parameters)[3:]  # after self, pipe and router
+    loading = {name: settings.pop(name) for name in list(settings) if name not in known}
+    given = not isinstance(base, (str, os.PathLike))
+    if given and loading:
+        name = next(iter(loading))
+        raise GenpruneError(
+            f"'{name}' is no setting of a routed pipeline{nearest(name, known)}, and a {type(base).__name__} that is "
+            f"given is loaded already; expected some of {', '.join(known)}. Rename it or leave it out."
+        )
+    pipe = base if given else load_pipeline(base, **loading)
     if isinstance(router, (str, os.PathLike)):
-        router = load_router(router, pipe=pipe)
+        router = load_router(router, encoder=encoder, pipe=pipe)
     return RoutedPipeline(pipe, router, **settings)
 
 

@@ -99,6 +99,12 @@ def test_a_chosen_expert(routed, alone):
             routed(WORDS[:2], expert=wrong, **LATENT)
 
 
+@pytest.mark.parametrize("one", [[1, 0], np.array([1, 0]), torch.tensor([1, 0]), [np.int64(1), torch.tensor(0)]])
+def test_experts_of_other_libraries(routed, one):
+    drawn = routed(WORDS[:2], expert=(1, 0), generator=seeded(0, 1), **LATENT).images
+    assert torch.equal(routed(WORDS[:2], expert=one, generator=seeded(0, 1), **LATENT).images, drawn)
+
+
 def test_embeddings_need_an_expert(routed, alone):
     embeds = routed.encode_prompt(WORDS[:2], "cpu", 1, False)[0]
     given = {"prompt_embeds": embeds, "guidance_scale": 1.0, "generator": seeded(0, 1)}

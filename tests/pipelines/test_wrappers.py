@@ -97,6 +97,16 @@ def test_a_folder_with_a_plan_is_cut_while_it_is_read(tmp_path):
     assert half.unet.dtype == torch.bfloat16
 
 
+def test_a_folder_is_loaded_as_asked_and_routed(tmp_path):
+    pipe = tiny_pipelines.sd_pipeline(tmp_path)
+    small_router(pipe, 2).save_pretrained(tmp_path / "router")
+    pipe.save_pretrained(tmp_path / "dense")
+    routed = gp.route_pipeline(tmp_path / "dense", tmp_path / "router", torch_dtype=torch.bfloat16, resident=2)
+    assert routed.unwrapped.unet.dtype is torch.bfloat16 and routed.settings.resident == 2
+    with pytest.raises(gp.GenpruneError, match="'stores' is no setting of a routed pipeline, nearest name: 'store'"):
+        gp.route_pipeline(pipe, small_router(pipe, 2), stores="materialised")
+
+
 @pytest.mark.parametrize("from_folder", [False, True])
 def test_recovery_trains_what_is_left_and_not_the_teacher(tmp_path, from_folder):
     pipe = pipeline("sd", tmp_path)

@@ -31,8 +31,9 @@ def balanced(
 
 
 def by_noise_level(levels: Sequence[float], boundaries: Sequence[float]) -> Tensor:
-    """The interval of each noise level, ascending from clean; int64 of shape `(n,)`."""
-    return torch.bucketize(torch.tensor(levels, dtype=torch.float64), torch.tensor(boundaries, dtype=torch.float64))
+    """The interval of each noise level, ascending from clean; int64 of shape `(n,)`. A boundary is of the noisier."""
+    levels, bounds = (torch.tensor(each, dtype=torch.float64) for each in (levels, boundaries))
+    return torch.bucketize(levels, bounds, right=True)
 
 
 @torch.no_grad()

@@ -31,7 +31,7 @@ def budget_shift(
 ) -> float:
     """What to add to the logits of all codes so that the mean over routed prompts is the budget.
 
-    Routes do not depend on it, and shares fall with it, so that a bisection finds the nearest step.
+    Routes do not depend on it, and shares rise with it, so that a bisection finds the nearest step.
 
     Args:
         codes: logits `(K, D)`.

@@ -97,7 +97,13 @@ def noise_boundaries(pipe: Any, prompts: list, settings: APTP, options: dict[str
     given = {name: value for name, value in options.items() if name != "num_inference_steps"}
     steps = max(settings.experts, int(options.get("num_inference_steps", settings.teacher_steps)))
     run = next(capture_runs(pipe, prompts[:1], samples=1, steps=steps, keep=lambda index: False, **given))
-    levels = sorted((run.timesteps.double() / forward_process(pipe.scheduler).train_timesteps).tolist())
+    levels = (run.timesteps.double() / forward_process(pipe.scheduler).train_timesteps).tolist()
+    levels = sorted(set(levels))  # solvers of second order call at a level twice
+    if len(levels) < settings.experts:
+        raise GenpruneError(
+            f"the sampler has {len(levels)} noise levels for {settings.experts} experts; expected at least one for "
+            "each. Pass fewer experts, or more num_inference_steps in pipeline_options."
+        )
     places = [round(len(levels) * part / settings.experts) for part in range(1, settings.experts)]
     return tuple((levels[place - 1] + levels[place]) / 2 for place in places)
 

@@ -95,6 +95,7 @@ def test_sinkhorn_survives_small_epsilon():
 
 def test_noise_levels_fall_into_their_interval():
     assert by_noise_level([0.1, 0.3, 0.9], (0.25, 0.5)).tolist() == [0, 1, 2]
+    assert by_noise_level([0.25, 0.5], (0.25, 0.5)).tolist() == [1, 2]  # as TimestepRouter.expert_at
     assert by_noise_level([0.1, 0.9], ()).tolist() == [0, 0]
 
 

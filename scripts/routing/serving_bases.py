@@ -42,12 +42,15 @@ class Served:
         load: the dense pipeline.
         options: of a call.
         quick: options that differ in a quick run.
+        own_encoder: whether its router reads with the pipeline's own text encoder, the default offline; a sentence
+            encoder is larger than a miniature's denoiser.
     """
 
     name: str
     load: Callable[[], Any] = field(repr=False)
     options: dict[str, Any]
     quick: dict[str, Any]
+    own_encoder: bool = False
 
     def call_options(self, quick: bool) -> dict[str, Any]:
         return {**self.options, **(self.quick if quick else {}), "output_type": "latent"}
@@ -58,7 +61,7 @@ def served() -> tuple[Served, ...]:
     return (
         Served(
             "miniature", miniature_pipeline, {"num_inference_steps": 20, "guidance_scale": 3.5},
-            {"num_inference_steps": 4},
+            {"num_inference_steps": 4}, own_encoder=True,
         ),
         Served(
             "large", large_pipeline, {"num_inference_steps": 8, "guidance_scale": 1.0}, {"num_inference_steps": 2}
@@ -96,11 +99,11 @@ def experts(target: Any, count: int = EXPERTS) -> list[Expert]:
     return found
 
 
-def untrained_router(pipe: Any, chosen: list[Expert], prompts: list[str], encoder: str) -> PromptRouter:
+def untrained_router(pipe: Any, chosen: list[Expert], prompts: list[str], encoder: str | None) -> PromptRouter:
     """A router of the trained kind's cost, whose codes are those of prompts that are far from each other.
 
     Args:
-        encoder: folder of a sentence encoder.
+        encoder: folder of a sentence encoder; None: the pipeline's own text encoder.
     """
     reader, space = encoder_of(encoder, pipe), ArchitectureSpace.of(pipe)
     torch.manual_seed(0)

@@ -262,7 +262,13 @@ def test_other_transformers_train(name, tmp_path):
 
 
 def test_gradient_checkpointing_changes_nothing(pipe, finished):
-    router = train(pipe, QUICK.changed(gradient_checkpointing=True))
+    block, calls = pipe.unet.down_blocks[0].resnets[0], []
+    hook = block.register_forward_pre_hook(lambda *given: calls.append(torch.is_grad_enabled()))
+    try:
+        router = train(pipe, QUICK.changed(gradient_checkpointing=True))
+    finally:
+        hook.remove()
+    assert sum(calls) == 2 * QUICK.steps  # the gated pass, and the same once more in the backward pass
     assert [e.plan.keep.keys() for e in router.experts] == [e.plan.keep.keys() for e in finished[0].experts]
     for one, other in zip(router.experts, finished[0].experts):
         assert one.plan.overlap(other.plan) == 1

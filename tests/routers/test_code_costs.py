@@ -111,6 +111,20 @@ def test_plans_hold_their_own_figures(caplog):
         assert plan.made_by["budget"]["reached"] == pytest.approx(found.macs / plan.figures["dense_macs"])
 
 
+def test_what_noise_draws_is_what_stays_once_codes_are_decided():
+    """The gap between drawn architectures and the final one: there while logits are near the threshold, then gone."""
+    model = tiny_hosts.flux()
+    space = ArchitectureSpace.of(model, depth=False)
+    costs, codes = CodeCosts(site_costs(model), space), codes_of(space, 2, spread=0.5)
+    noise = relaxation.gumbel(tuple(codes.shape), torch.Generator().manual_seed(1))
+    decided = relaxation.threshold(3.0) + 60 * (codes - relaxation.threshold(3.0))
+    gaps = [
+        float((costs.share(space.gates(each, noise)) - costs.share(space.gates(each))).abs().mean())
+        for each in (codes, decided)
+    ]
+    assert gaps[0] > 0.02 and gaps[1] < gaps[0] / 5
+
+
 def test_measured_times_stand_where_macs_do():
     model = tiny_hosts.sd_unet().eval()
     space, costs = ArchitectureSpace.of(model), site_costs(model)

@@ -124,8 +124,8 @@ def serving_lines(parts: dict[str, Any]) -> list[str]:
         lines += [
             "Eight experts at 50 to 70 % of the MACs; a mixed batch, routing and switches included, over the time of "
             "its groups run one after another on pipelines cut before. `routing`: its share of the call, by the "
-            "pipeline's own text encoder and then by the sentence encoder on the miniature, by the sentence encoder on "
-            "the large one (random weights, few steps, so that switches count).",
+            "pipeline's own text encoder and then by the sentence encoder on the miniature, by the sentence encoder "
+            "on the large one (random weights, few steps, so that switches count).",
             "",
             "| pipeline | store | time over separate groups | a switch | of the call | routing |",
             "|---|---|---|---|---|---|",

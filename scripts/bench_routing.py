@@ -111,6 +111,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     result = None
     for name in arguments.parts:
         parts = {name: {**provenance(arguments), "found": run_part(name, arguments)}}
+        if name == "quality":
+            from scripts.routing.quality import data_of
+
+            parts[name]["data"] = data_of(arguments)
         # read again: another process may have added its part meanwhile
         earlier = json.loads(arguments.out.read_text()) if arguments.out and arguments.out.is_file() else result
         result = joined(earlier, parts)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import sys
 import time
@@ -13,8 +14,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from genprune import miniature
+from genprune.routers.encoders import TransformersEncoder
 from scripts.ecodiff.bases import DRAW_ROWS, Base, bases, latents_of, pictures_of
 from scripts.ecodiff.figures import TEST_SEED, Dense, Judge
+from scripts.layers.recovering import DATA_SEED
 
 from .candidates import BUDGETS, CANDIDATES, FAR_APART_AT, FINETUNE, Candidate
 from .difficulty import difficulty_of
@@ -27,6 +31,21 @@ def quality(arguments: argparse.Namespace) -> dict[str, Any]:
     judge = Judge(arguments.num_prompts)
     chosen = [base for name, base in bases().items() if name in (arguments.base or ("unet", "mmdit"))]
     return {base.name: judge_base(base, judge, arguments) for base in chosen}
+
+
+def data_of(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What rows were trained and judged on."""
+    judged = miniature.prompts("test", arguments.num_prompts, TEST_SEED)
+    return {
+        "test_captions": len(judged),
+        "test_captions_sha256": hashlib.sha256(json.dumps(judged).encode()).hexdigest(),
+        "test_seed": TEST_SEED,
+        "train_scenes": arguments.samples,
+        "train_scenes_seed": DATA_SEED,
+        "router_steps": arguments.train_steps,
+        "finetuning": {base: {f"{keep:g}": share for keep, share in each.items()} for base, each in FINETUNE.items()},
+        "encoder": TransformersEncoder(arguments.encoder).to_json() | {"place": "ENCODER"},
+    }
 
 
 def judge_base(base: Base, judge: Judge, arguments: argparse.Namespace) -> dict[str, Any]:

@@ -44,7 +44,7 @@ def data_of(arguments: argparse.Namespace) -> dict[str, Any]:
         "train_scenes_seed": DATA_SEED,
         "router_steps": arguments.train_steps,
         "finetuning": {base: {f"{keep:g}": share for keep, share in each.items()} for base, each in FINETUNE.items()},
-        "encoder": TransformersEncoder(arguments.encoder).to_json() | {"place": "ENCODER"},
+        "encoder": TransformersEncoder(arguments.encoder).to_json() | {"source": "ENCODER"},
     }
 
 

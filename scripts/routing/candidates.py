@@ -38,7 +38,7 @@ class Candidate:
         """Of the router that it uses, which random routing shares."""
         if self.source != "router":
             return self.source
-        return self.slug if self.changes else f"{self.route_by}-{self.experts}-ecodiff"
+        return f"{self.route_by}-{self.experts}-{'apart' if self.changes else 'ecodiff'}"
 
     def to_json(self) -> dict:
         return asdict(self)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -200,17 +201,29 @@ class ArchitectureSpace:
         Returns:
             Float64 of the same shape.
         """
-        soft = self.relaxed(logits.double())
-        depth = soft[..., self.depth_part]
-        parts = []
-        for vector in self.widths:
-            part = soft[..., vector.part]
-            for index in vector.above:
-                part = part * depth[..., [index]]
-            parts.append(part / math.sqrt(vector.entries))
+        features = self.relaxed(logits.double())
         if self.depth:
-            parts.append(depth / math.sqrt(len(self.depth)))
-        return nn.functional.normalize(torch.cat(parts, -1), dim=-1)
+            depth = features[..., self.depth_part]
+            stays = torch.cat([depth, torch.ones_like(depth[..., :1])], -1)
+            for index in self._depth_above:
+                features = features * stays[..., index]
+        return nn.functional.normalize(features / self._root_lengths.to(features.device), dim=-1)
+
+    @cached_property
+    def _depth_above(self) -> Tensor:
+        """Which depth gates each entry counts with, int64 `(most, D)`; one past the last gate: none."""
+        most = max((len(vector.above) for vector in self.widths), default=0)
+        found = torch.full((most, self.length), len(self.depth))
+        for vector in self.widths:
+            for row, index in enumerate(vector.above):
+                found[row, vector.part] = index
+        return found
+
+    @cached_property
+    def _root_lengths(self) -> Tensor:
+        """The square root of the length of each entry's vector, float64 `(D,)`."""
+        lengths = torch.tensor(self.lengths)
+        return lengths.double().sqrt().repeat_interleave(lengths)
 
     def tensors(self) -> dict[str, Tensor]:
         """Index tensors by site name, as a file holds them beside `to_json`."""

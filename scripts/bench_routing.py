@@ -33,7 +33,7 @@ def run_part(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     if name == "serving":
         from scripts.routing.serving import serving
 
-        return serving(arguments.quick, arguments.encoder)
+        return serving(arguments.quick, arguments.encoder, arguments.cases)
     if name == "memory":
         from scripts.routing.memory import memory
 
@@ -82,6 +82,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--quick", action="store_true", help="16 prompts, few steps and rounds")
     parser.add_argument("--encoder", help="folder of a sentence encoder; default: the pipeline's own text encoder")
+    parser.add_argument("--cases", nargs="+", help="serving: only these pipelines; others stay as --out has them")
     quality = parser.add_argument_group("quality").add_argument
     quality("--work", type=Path, default=Path("runs/routing"), help="routers, experts and drawn pictures")
     quality("--ecodiff_work", type=Path, default=Path("runs/ecodiff"), help="work folder of scripts/bench_ecodiff.py")
@@ -117,6 +118,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             parts[name]["data"] = data_of(arguments)
         # read again: another process may have added its part meanwhile
         earlier = json.loads(arguments.out.read_text()) if arguments.out and arguments.out.is_file() else result
+        if name == "serving" and arguments.cases and "serving" in (earlier or {}).get("parts", {}):
+            parts[name]["found"] = earlier["parts"][name]["found"] | parts[name]["found"]
         result = joined(earlier, parts)
         if arguments.out is not None:
             with whole_file(arguments.out) as temporary:
